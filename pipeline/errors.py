@@ -1,0 +1,44 @@
+"""What went wrong, as types that say what the caller does next."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PipelineError(Exception):
+    """Base of every error this package raises on purpose.
+
+    The message says what happened and what to do about it, in one line, without secrets.
+    """
+
+    retriable: ClassVar[bool] = False
+
+
+class ConfigError(PipelineError):
+    """A setting is wrong: change it and start again; nothing was started."""
+
+
+class TopicMismatch(ConfigError):
+    """The cluster's topics are missing or disagree with what is declared: refuse to start."""
+
+
+class SchemaMismatch(ConfigError):
+    """The database lacks tables or migrations: run `agent-metadata db migrate`."""
+
+
+class DecodeError(PipelineError):
+    """A record can't be read: dead-letter it with this reason; another try would end the same way."""
+
+
+class ServiceUnavailable(PipelineError):
+    """Kafka or Postgres is away or busy: keep what you have, wait, try again."""
+
+    retriable: ClassVar[bool] = True
+
+
+class RowRejected(PipelineError):
+    """Postgres refused the data itself: bisect, dead-letter the one row, write the rest."""
+
+    def __init__(self, message: str, *, sqlstate: str | None) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
