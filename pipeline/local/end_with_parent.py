@@ -1,0 +1,34 @@
+"""Run a command that the kernel ends when the process that asked for it ends.
+
+Run as a script, never imported: `end_with_parent.py PARENT_PID SIGNAL USER COMMAND...`. Doing this in a
+program of its own, and not in a hook between fork and exec, keeps it safe in a parent that has threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+import sys
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main(parent_pid: int, death_signal: int, user: str, command: list[str]) -> None:
+    """Become `command`, as `user` unless that is empty; the process id stays the same."""
+    if user:
+        entry = pwd.getpwnam(user)
+        os.setgroups([])
+        os.setgid(entry.pw_gid)
+        os.setuid(entry.pw_uid)
+        os.environ["HOME"] = entry.pw_dir
+    # After setuid, which clears it; it outlives exec.
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, death_signal)
+    if os.getppid() != parent_pid:  # the parent was gone before the kernel knew
+        sys.exit("the parent process has ended")
+    os.execv(command[0], command)  # noqa: S606 - replacing this process is the purpose
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -1,0 +1,71 @@
+"""Fixtures: a Kafka and a Postgres from where they can be had, and a fresh database for each test."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import AsyncIterator, Iterator
+from typing import NoReturn, cast
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.local import LocalServices, ServicesKind, docker_answers, start_services
+
+SERVICES = pytest.StashKey[LocalServices]()
+
+
+def unavailable(reason: str, *, required_by: str) -> NoReturn:
+    """Skip the test, or fail it where the named variable says that CI relies on it."""
+    if os.environ.get(required_by) == "1":
+        pytest.fail(f"{reason} ({required_by}=1)", pytrace=False)
+    pytest.skip(reason)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("docker") and not docker_answers():
+        unavailable("no Docker engine answers", required_by="PIPELINE_REQUIRE_DOCKER")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if services := config.stash.get(SERVICES, None):
+        terminalreporter.write_line(f"services: {services.broker}; {services.database}")
+
+
+@pytest.fixture(scope="session")
+def services(pytestconfig: pytest.Config) -> Iterator[LocalServices]:
+    """A real Kafka and a real Postgres; PIPELINE_SERVICES (env, docker, packages) forces where they come from."""
+    kind = cast("ServicesKind | None", os.environ.get("PIPELINE_SERVICES") or None)
+    said: list[str] = []
+    try:
+        started = start_services(kind, say=said.append, prefer_docker=True)
+    except PipelineError as error:
+        if kind:
+            raise
+        unavailable(f"no services: {error}", required_by="PIPELINE_REQUIRE_SERVICES")
+    with started:
+        pytestconfig.stash[SERVICES] = started
+        if not started.is_real_kafka:
+            unavailable(f"no real Kafka: {'; '.join(said)}", required_by="PIPELINE_REQUIRE_SERVICES")
+        yield started
+
+
+@pytest.fixture(scope="session")
+def bootstrap_servers(services: LocalServices) -> str:
+    return services.bootstrap_servers
+
+
+@pytest.fixture
+async def database_url(services: LocalServices, request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    """A fresh, empty database, named after the test and dropped with whatever is still connected to it."""
+    test = re.sub(r"\W+", "_", request.node.name.lower())[:48].strip("_")
+    name = f"{test}_{os.getpid()}"  # at most 63 bytes, PostgreSQL's limit for a name
+    server = await asyncpg.connect(services.database_url)
+    try:
+        await server.execute(f'create database "{name}"')
+        yield urlsplit(services.database_url)._replace(path=f"/{name}").geturl()
+        await server.execute(f'drop database "{name}" with (force)')
+    finally:
+        await server.close()
