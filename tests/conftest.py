@@ -36,7 +36,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def services(pytestconfig: pytest.Config) -> Iterator[LocalServices]:
-    """A real Kafka and a real Postgres; PIPELINE_SERVICES (env, docker, packages) forces where they come from."""
+    """A real Kafka and a real Postgres; PIPELINE_SERVICES (env, docker, packages) forces one source."""
     kind = cast("ServicesKind | None", os.environ.get("PIPELINE_SERVICES") or None)
     said: list[str] = []
     try:

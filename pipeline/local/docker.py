@@ -51,7 +51,7 @@ def start_kafka_container(stack: ExitStack) -> str:
         ServiceUnavailable: no engine answers, or the container did not come up.
     """
     _require_engine()
-    from testcontainers.kafka import KafkaContainer
+    from testcontainers.community.kafka import KafkaContainer
 
     container = KafkaContainer(KAFKA_IMAGE).with_kraft()
     for name, value in _KAFKA_ENVIRONMENT.items():
@@ -68,7 +68,7 @@ def start_postgres_container(stack: ExitStack) -> str:
         ServiceUnavailable: no engine answers, or the container did not come up.
     """
     _require_engine()
-    from testcontainers.postgres import PostgresContainer
+    from testcontainers.community.postgres import PostgresContainer
 
     container = PostgresContainer(POSTGRES_IMAGE, driver=None)
     _start(container, POSTGRES_IMAGE, stack)

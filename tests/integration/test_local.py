@@ -36,7 +36,8 @@ def kafka(classpath: list[Path]) -> Iterator[PackagedKafka]:
 
 def create_topic(servers: str, topic: str) -> None:
     declared = NewTopic(topic, 1, config={"message.timestamp.type": "LogAppendTime"})
-    AdminClient({"bootstrap.servers": servers}).create_topics([declared])[topic].result(30)
+    admin = AdminClient({"bootstrap.servers": servers})  # a name, for it must outlive the wait
+    admin.create_topics([declared])[topic].result(30)
 
 
 def produce(servers: str, topic: str, value: bytes) -> None:
@@ -168,18 +169,19 @@ def test_env_postgres_is_described_without_its_password(monkeypatch: pytest.Monk
 def test_env_postgres_away_is_unavailable_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", "postgresql://someone:secret@127.0.0.1:1/nothing")
 
-    with pytest.raises(ServiceUnavailable, match="127.0.0.1:1/nothing does not answer") as caught:
+    with pytest.raises(ServiceUnavailable, match=r"127\.0\.0\.1:1/nothing does not answer") as caught:
         start_services("env", say=print, kafka=False)
 
     assert "secret" not in str(caught.value)
 
 
 OWNER = """
-import signal, sys
+import sys
 from pipeline.local import MockBroker, PackagedKafka, PackagedPostgres, kafka_classpath
-with PackagedKafka(kafka_classpath(lambda line: None)) as kafka, PackagedPostgres() as postgres, MockBroker() as mock:
-    print(kafka.pid, postgres.pid, mock.pid, flush=True)
-    sys.stdin.read()
+with PackagedKafka(kafka_classpath(lambda line: None)) as kafka, PackagedPostgres() as postgres:
+    with MockBroker() as mock:
+        print(kafka.pid, postgres.pid, mock.pid, flush=True)
+        sys.stdin.read()
 """
 
 
