@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +18,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from pipeline.errors import ConfigError, ServiceUnavailable
+from pipeline.local.folder import ThrowawayFolder
 from pipeline.local.process import LOOPBACK, ChildProcess, accepts_connections, free_port
 
 KAFKA_VERSION = "4.3.1"
@@ -30,7 +29,8 @@ _FORMAT_SECONDS = 60.0
 _START_SECONDS = 90.0
 _STOP_SECONDS = 20.0
 
-# C1 only and a serial collector: measured on two cores, ready in 1.6 s instead of 2.1 s.
+# C1 only and a serial collector: measured on two cores, the JVM was ready in 1.6 s instead of 2.1 s, and 1.8
+# million records of 200 bytes in and out cost it 6.2 s of CPU instead of 9.5 s, at no lower rate.
 _JVM_OPTIONS = (
     "-Xmx512m",
     "-XX:+UseSerialGC",
@@ -168,7 +168,7 @@ class PackagedKafka:
     """One Kafka node (broker and controller, KRaft) on free ports of 127.0.0.1.
 
     Guarantee: ports and data outlive stop() and kill(); close() or the end of the context removes them. If
-    this process dies, the node is killed with it and its folder stays.
+    this process dies, the node is killed with it and the next one started here removes its folder.
     """
 
     def __init__(self, classpath: Sequence[Path], *, settings: Mapping[str, str] | None = None) -> None:
@@ -176,7 +176,8 @@ class PackagedKafka:
         self._java = _jdk().JAVA
         self._classpath = os.pathsep.join(map(str, classpath))
         self._overrides = dict(settings or {})
-        self._home = Path(tempfile.mkdtemp(prefix="agent-metadata-kafka-"))
+        self._folder = ThrowawayFolder("kafka")
+        self._home = self._folder.path
         self._properties = self._home / "server.properties"
         self._process: ChildProcess | None = None
         self.port, self._controller_port = free_port(), free_port()
@@ -234,7 +235,7 @@ class PackagedKafka:
     def close(self) -> None:
         """Kill the node, since nobody needs its data any more, and remove its folder."""
         self.kill()
-        shutil.rmtree(self._home, ignore_errors=True)
+        self._folder.remove()
 
     def __enter__(self) -> PackagedKafka:
         try:

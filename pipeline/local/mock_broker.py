@@ -6,13 +6,12 @@ no offsets for times; a consumer group of more than one member does not rebalanc
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from types import TracebackType
 
 from pipeline.errors import ServiceUnavailable
+from pipeline.local.folder import ThrowawayFolder
 from pipeline.local.process import ChildProcess
 
 _PROGRAM = Path(__file__).with_name("mock_cluster.py")
@@ -23,7 +22,8 @@ class MockBroker:
     """One embedded broker at a free port of 127.0.0.1, ended with the context or with this process."""
 
     def __init__(self) -> None:
-        self._home = Path(tempfile.mkdtemp(prefix="agent-metadata-mock-broker-"))
+        self._folder = ThrowawayFolder("mock-broker")
+        self._home = self._folder.path
         self._address_file = self._home / "address"
         self._process: ChildProcess | None = None
 
@@ -58,7 +58,7 @@ class MockBroker:
         """End the broker and remove its folder."""
         if self._process is not None:
             self._process.kill()
-        shutil.rmtree(self._home, ignore_errors=True)
+        self._folder.remove()
 
     def __enter__(self) -> MockBroker:
         try:

@@ -8,7 +8,6 @@ import pwd
 import secrets
 import shutil
 import signal
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.errors import ConfigError, ServiceUnavailable
+from pipeline.local.folder import ThrowawayFolder
 from pipeline.local.process import LOOPBACK, ChildProcess, free_port
 
 _START_SECONDS = 60.0  # crash recovery after kill -9 included
@@ -71,7 +71,8 @@ class PackagedPostgres:
     """One PostgreSQL server on a free port of 127.0.0.1; as root it runs as `nobody`.
 
     Guarantee: the port, the password and the data outlive stop() and kill(); close() or the end of the
-    context removes them. If this process dies, the server shuts down at once and its folder stays.
+    context removes them. If this process dies, the server shuts down at once and the next one started here
+    removes its folder.
     """
 
     def __init__(self, *, durable: bool = True) -> None:
@@ -80,7 +81,8 @@ class PackagedPostgres:
         self.port = free_port()
         self._durable = durable
         self._password = secrets.token_urlsafe(12)
-        self._home = Path(tempfile.mkdtemp(prefix="agent-metadata-postgres-"))
+        self._folder = ThrowawayFolder("postgres")
+        self._home = self._folder.path
         self._data = self._home / "data"
         self._process: ChildProcess | None = None
         self.log_path = self._home / "postgres.log"
@@ -167,7 +169,7 @@ class PackagedPostgres:
         """End the server without ceremony and remove its folder."""
         if self._process is not None:
             self._process.stop(signal.SIGQUIT, _STOP_SECONDS)
-        shutil.rmtree(self._home, ignore_errors=True)
+        self._folder.remove()
 
     def __enter__(self) -> PackagedPostgres:
         try:
