@@ -64,12 +64,12 @@ class LocalServices:
     """
 
     bootstrap_servers: str
-    database_url: str
+    database_url: str = field(repr=False)  # it holds the password
     broker: str
     """What Kafka is, in words without secrets; `database` likewise."""
     database: str
     is_real_kafka: bool
-    """False for the embedded broker only: no faults, rebalances or LogAppendTime there."""
+    """False for the embedded broker: no rebalances, restarts or LogAppendTime there."""
     _started: ExitStack = field(repr=False)
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from xml.etree.ElementTree import ParseError
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
@@ -102,11 +103,19 @@ def kafka_classpath(say: Callable[[str], None]) -> list[Path]:
         inputs, transitive = context.resolver.resolve(wanted)
         needed = [*inputs, *(dep for dep in transitive if dep.scope in ("compile", "runtime"))]
         return _fetch_jars([dep.artifact for dep in needed], say)
-    except (OSError, RuntimeError, requests.RequestException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ServiceUnavailable(
-            f"the jars of Apache Kafka {KAFKA_VERSION} could not be fetched from Maven Central: {reason}"
-        ) from error
+    except requests.RequestException as error:  # an OSError with three lines about urllib3
+        raise _unfetched(type(error).__name__) from error
+    except ParseError as error:
+        raise _unfetched(f"remove the broken .pom below {context.repo_cache}, {error}") from error
+    except (OSError, RuntimeError) as error:
+        raise _unfetched(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
+
+
+def _unfetched(reason: str) -> ServiceUnavailable:
+    return ServiceUnavailable(
+        f"the jars of Apache Kafka {KAFKA_VERSION} could not be fetched from Maven Central ({reason}): "
+        "let this machine reach it, or set KAFKA_BOOTSTRAP_SERVERS"
+    )
 
 
 def _resolver() -> Any:
