@@ -1,0 +1,1 @@
+"""Live agent metadata, from a Kafka topic to Postgres and its listeners."""

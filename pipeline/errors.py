@@ -42,3 +42,11 @@ class RowRejected(PipelineError):
     def __init__(self, message: str, *, sqlstate: str | None) -> None:
         super().__init__(message)
         self.sqlstate = sqlstate
+
+
+class ProgressGap(PipelineError):
+    """Records before these are not applied: go back to `expected`, unless they exist no more."""
+
+    def __init__(self, expected: int, got: int) -> None:
+        super().__init__(f"the next offset to apply is {expected}, but the records begin at {got}")
+        self.expected = expected

@@ -1,0 +1,163 @@
+"""A batch: the latest values of one closed window, as columns, with the range of source offsets it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+
+from pipeline.errors import DecodeError
+
+# `scheduled`, `capacity` and `shutdown` are metadatabatcher's labels; `revoked` is ours (a rebalance).
+Reason = Literal["scheduled", "capacity", "shutdown", "revoked"]
+
+BATCH_VERSION: Final = 1
+# Kafka refuses records over 1,048,588 bytes by default; this leaves room for the source, the window and headers.
+MAX_COLUMNS_BYTES: Final = 900_000
+# A character takes at most six bytes of JSON (a control character: \\u001f), and a row 110 besides its texts:
+# the id in quotes, a 17-digit time, separators.
+_MAX_JSON_BYTES_PER_CHAR: Final = 6
+_ROW_BYTES: Final = 110
+
+
+class Row(NamedTuple):
+    """The latest value of one (agent_id, key). Ordered by (agent_id, key): the order in which rows are locked."""
+
+    agent_id: str
+    key: str
+    value: str
+    error: str
+    collected_at_us: int
+
+    @property
+    def collected_at(self) -> datetime:
+        """The time as a datetime; year 1 to 9999, as reports are clamped to them."""
+        return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=self.collected_at_us)
+
+
+class Source(msgspec.Struct, frozen=True):
+    """The source records a batch stands for: offsets `first` to `last`, both included.
+
+    `topic_id` is Kafka's own id of this incarnation of the topic: offsets mean nothing beyond it.
+    """
+
+    topic: str
+    topic_id: str
+    partition: int
+    first: int
+    last: int
+
+
+class Window(msgspec.Struct, frozen=True):
+    """The tumbling window [start, end), in microseconds of processing time."""
+
+    start_us: int
+    end_us: int
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """Part `part` of `parts` of a window's rows; the source range counts as applied with the last part only.
+
+    Shape: the five columns are equally long, as unnest takes them.
+    """
+
+    source: Source
+    window: Window
+    reason: Reason
+    part: int
+    parts: int
+    agent_ids: list[str]
+    keys: list[str]
+    values: list[str]
+    errors: list[str]
+    collected_at_us: list[int]
+    version: int = BATCH_VERSION
+
+    @property
+    def completes_source(self) -> bool:
+        """Tell whether, with this part applied, the whole source range is."""
+        return self.part == self.parts
+
+    def rows(self) -> Iterator[Row]:
+        """Iterate the columns row by row."""
+        return map(Row, self.agent_ids, self.keys, self.values, self.errors, self.collected_at_us)
+
+
+_encode: Final = msgspec.json.Encoder().encode
+_decoder: Final = msgspec.json.Decoder(Batch)
+
+
+def encode_batch(batch: Batch) -> bytes:
+    """Encode a batch as the value of a Kafka record (UTF-8 JSON)."""
+    return _encode(batch)
+
+
+def decode_batch(raw: bytes | None) -> Batch:
+    """Decode one record of the batches topic.
+
+    Raises:
+        DecodeError: not a batch of a version this code knows; the message is the reason for the dead letter.
+    """
+    try:
+        batch = _decoder.decode(raw)  # type: ignore[arg-type]  # None raises TypeError
+    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, RecursionError) as error:
+        raise DecodeError(f"not a batch: {error}") from error
+    if batch.version != BATCH_VERSION:
+        raise DecodeError(f"a batch of version {batch.version}; this program reads version {BATCH_VERSION}")
+    lengths = {len(column) for column in (batch.keys, batch.values, batch.errors, batch.collected_at_us)}
+    if lengths != {len(batch.agent_ids)}:
+        raise DecodeError(f"the batch's columns are of unequal lengths: {len(batch.agent_ids)}, {sorted(lengths)}")
+    return batch
+
+
+def split(rows: Sequence[Row], *, source: Source, window: Window, reason: Reason, batch_size: int) -> list[Batch]:
+    """Cut a closed window into batches of at most `batch_size` rows and about 900 kB of JSON, in row order.
+
+    Guarantee: every row is in exactly one part; no rows give no parts.
+    """
+    parts = list(_parts(rows, batch_size))
+    batches = []
+    for number, part in enumerate(parts, start=1):
+        agent_ids, keys, values, errors, collected_at_us = (list(column) for column in zip(*part, strict=True))
+        batches.append(
+            Batch(source, window, reason, number, len(parts), agent_ids, keys, values, errors, collected_at_us)
+        )
+    return batches
+
+
+def _parts(rows: Sequence[Row], batch_size: int) -> Iterator[Sequence[Row]]:
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        chars = sum([len(row.key) + len(row.value) + len(row.error) for row in part])
+        if chars * _MAX_JSON_BYTES_PER_CHAR + len(part) * _ROW_BYTES <= MAX_COLUMNS_BYTES:
+            yield part
+        else:
+            yield from _parts_by_size(part)
+
+
+def _parts_by_size(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    start, total = 0, 0
+    for index, row in enumerate(rows):
+        size = _ROW_BYTES + len(_encode((row.key, row.value, row.error)))
+        if total + size > MAX_COLUMNS_BYTES and index > start:
+            yield rows[start:index]
+            start, total = index, 0
+        total += size
+    yield rows[start:]
+
+
+def merge(batches: Iterable[Batch]) -> list[Row]:
+    """Merge batches, given in their order in the topic, into one row a pair, sorted by (agent_id, key).
+
+    Guarantee: the newest collected_at wins; on equal ones the later arrival (metadatabatcher's rule).
+    """
+    newest: dict[tuple[str, str], Row] = {}
+    for batch in batches:
+        for row in batch.rows():
+            pair = row[:2]
+            held = newest.get(pair)
+            if held is None or row.collected_at_us >= held.collected_at_us:
+                newest[pair] = row
+    return sorted(newest.values())

@@ -1,0 +1,225 @@
+"""Consume the batches topic in a thread: records by partition, backpressure, and positions from Postgres."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final
+
+import structlog
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from pipeline.errors import ServiceUnavailable
+
+_POLL_SECONDS: Final = 0.1
+_RECORDS_PER_POLL: Final = 200
+_QUERY_SECONDS: Final = 10.0
+# Fetched but not yet applied batches, per process; the same again may wait inside librdkafka.
+MAX_BUFFERED_BYTES: Final = 64 * 1024 * 1024
+
+_log = structlog.get_logger(__name__)
+
+
+class BatchConsumer:
+    """One member of the sink's consumer group.
+
+    `on_records(partition, messages)` and `on_lost(partitions)` are called on the event loop that made this object;
+    `positions(partitions)` says where to begin, and is asked again until it answers. While it doesn't, the consumer
+    stays in the group and rebalances go on.
+    """
+
+    def __init__(
+        self,
+        client_config: Mapping[str, Any],
+        *,
+        topic: str,
+        group: str,
+        session_timeout_seconds: float,
+        positions: Callable[[Sequence[int]], Awaitable[Mapping[int, int]]],
+        on_records: Callable[[int, list[Message]], None],
+        on_lost: Callable[[Sequence[int]], None],
+    ) -> None:
+        self._topic = topic
+        self._positions = positions
+        self._on_records = on_records
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._is_closing = threading.Event()
+        self._buffered_bytes = 0  # written on the event loop only
+        self._is_paused = False
+        self._committable: dict[int, int] = {}
+        self._calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[..., Any], Any]] = (
+            queue.SimpleQueue()
+        )
+        self._awaited: concurrent.futures.Future[list[TopicPartition]] | None = None
+        self._consumer = Consumer(
+            {
+                **client_config,
+                "group.id": group,
+                "enable.auto.commit": False,
+                "auto.offset.reset": "earliest",
+                "partition.assignment.strategy": "roundrobin",
+                "session.timeout.ms": round(session_timeout_seconds * 1000),
+                "heartbeat.interval.ms": round(session_timeout_seconds * 1000 / 3),
+                "fetch.wait.max.ms": 50,
+                "queued.max.messages.kbytes": MAX_BUFFERED_BYTES // 1024,
+                "error_cb": _log_error,
+            }
+        )
+        self._thread: asyncio.Task[None] | None = None
+        self.is_assigned = False
+
+    def start(self) -> asyncio.Task[None]:
+        """Join the group; the task ends with `close`, or with the error that the consumer can't go on from."""
+        self._thread = asyncio.create_task(asyncio.to_thread(self._run))
+        return self._thread
+
+    async def close(self) -> None:
+        """Leave the group."""
+        self._is_closing.set()
+        if self._thread is not None:
+            await asyncio.wait([self._thread])
+
+    def release(self, size_bytes: int) -> None:
+        """Say that records of this many bytes are done with."""
+        self._buffered_bytes -= size_bytes
+
+    def commit(self, partition: int, offset: int) -> None:
+        """Tell Kafka, for lag tools only, that everything before `offset` is applied; failures don't matter."""
+        self._committable[partition] = offset
+
+    async def seek(self, partition: int, offset: int) -> None:
+        """Go back (or on) to an offset of a partition this consumer owns; without effect if it doesn't."""
+        try:
+            await self._in_thread(self._consumer.seek, TopicPartition(self._topic, partition, offset))
+        except KafkaException as error:
+            _log.warning("seek_failed", partition=partition, error=str(error))
+
+    async def ends(self) -> dict[int, int]:
+        """Return the end offsets, now, of the partitions this consumer owns and that hold anything.
+
+        Raises:
+            ServiceUnavailable: Kafka did not answer.
+        """
+        owned = await self._in_thread(self._consumer.assignment)
+        marks = {item.partition: await self._watermarks(item.partition) for item in owned}
+        return {partition: high for partition, (low, high) in marks.items() if high > low}
+
+    async def earliest(self, partition: int) -> int:
+        """Return the lowest offset that Kafka still has.
+
+        Raises:
+            ServiceUnavailable: Kafka did not answer.
+        """
+        return (await self._watermarks(partition))[0]
+
+    async def _watermarks(self, partition: int) -> tuple[int, int]:
+        where = TopicPartition(self._topic, partition)
+        try:
+            marks = await self._in_thread(self._consumer.get_watermark_offsets, where, _QUERY_SECONDS)
+        except KafkaException as error:
+            raise ServiceUnavailable(f"Kafka did not say its offsets: {error}") from error
+        if marks is None:
+            raise ServiceUnavailable(f"Kafka did not say its offsets within {_QUERY_SECONDS} s")
+        return int(marks[0]), int(marks[1])
+
+    async def _in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Have the consumer's own thread do a call: from another it would wait for a consume() that waits for it."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self._calls.put((future, call, arguments))
+        return await asyncio.wrap_future(future)
+
+    def _do_calls(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                future, call, arguments = self._calls.get_nowait()
+                try:
+                    future.set_result(call(*arguments))
+                except (KafkaException, RuntimeError) as error:
+                    future.set_exception(error)
+        committable, self._committable = self._committable, {}
+        if committable:
+            offsets = [TopicPartition(self._topic, *item) for item in list(committable.items())]
+            try:
+                self._consumer.commit(offsets=offsets, asynchronous=True)
+            except KafkaException as error:
+                _log.debug("commit_failed", error=str(error))
+
+    def _run(self) -> None:
+        consumer = self._consumer
+        consumer.subscribe([self._topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked)
+        try:
+            while not self._is_closing.is_set():
+                self._take_up()
+                self._regulate()
+                self._do_calls()
+                first = consumer.poll(_POLL_SECONDS)  # consume() alone would wait for its number or its timeout
+                if first is not None:
+                    self._hand_over([first, *consumer.consume(_RECORDS_PER_POLL, 0)])
+            self._do_calls()
+        finally:
+            consumer.close()
+
+    def _hand_over(self, messages: list[Message]) -> None:
+        by_partition: dict[int, list[Message]] = {}
+        for message in messages:
+            error = message.error()
+            if error is None:
+                by_partition.setdefault(message.partition(), []).append(message)
+            elif error.fatal():
+                raise ServiceUnavailable(f"the consumer of {self._topic} can't go on: {error.str()}")
+            else:
+                _log.warning("consume_failed", topic=self._topic, error=error.str())
+        for partition, records in by_partition.items():
+            self._loop.call_soon_threadsafe(self._deliver, partition, records)
+
+    def _deliver(self, partition: int, messages: list[Message]) -> None:
+        self._buffered_bytes += sum(size_bytes(message) for message in messages)
+        self._on_records(partition, messages)
+
+    def _regulate(self) -> None:
+        """Pause fetching while too much waits for Postgres; polling goes on, so the group keeps us."""
+        is_full = self._buffered_bytes > (MAX_BUFFERED_BYTES // 2 if self._is_paused else MAX_BUFFERED_BYTES)
+        if is_full != self._is_paused:
+            (self._consumer.pause if is_full else self._consumer.resume)(self._consumer.assignment())
+            self._is_paused = is_full
+
+    def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        # Nothing is fetched before Postgres has said where to begin: Kafka's own offsets are for lag tools.
+        consumer.assign([])
+        numbers = [partition.partition for partition in partitions]
+        self._awaited = asyncio.run_coroutine_threadsafe(self._locate(numbers), self._loop)
+
+    def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        if self._awaited is not None:
+            self._awaited.cancel()
+            self._awaited = None
+        self.is_assigned = False
+        numbers = [partition.partition for partition in partitions]
+        self._loop.call_soon_threadsafe(self._on_lost, numbers)
+        consumer.unassign()
+
+    async def _locate(self, numbers: Sequence[int]) -> list[TopicPartition]:
+        offsets = await self._positions(numbers)
+        return [TopicPartition(self._topic, n, offsets.get(n, OFFSET_BEGINNING)) for n in numbers]
+
+    def _take_up(self) -> None:
+        if self._awaited is not None and self._awaited.done():
+            partitions, self._awaited = self._awaited.result(), None
+            self._consumer.assign(partitions)
+            self._is_paused = False
+            self.is_assigned = True
+            _log.info("partitions_assigned", topic=self._topic, partitions=sorted(p.partition for p in partitions))
+
+
+def size_bytes(message: Message) -> int:
+    """Return how much of the buffer a record takes."""
+    return len(message.value() or b"")
+
+
+def _log_error(error: KafkaError) -> None:
+    _log.warning("kafka_unavailable", error=error.str())

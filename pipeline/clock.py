@@ -1,0 +1,37 @@
+"""The one source of time: windows close by it, and tests bring their own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Processing time, in seconds since the Unix epoch."""
+
+    def now(self) -> float:
+        """Return the present; never goes back within one process."""
+        ...
+
+    async def sleep_until(self, deadline: float) -> None:
+        """Return at the deadline, give or take the clock's resolution; at once if it is past."""
+        ...
+
+
+class SystemClock:
+    """The machine's clock as it was at start, carried on by the monotonic clock.
+
+    A step of the wall clock (NTP, an operator) then neither shortens nor stretches a window.
+    """
+
+    def __init__(self) -> None:
+        self._offset = time.time() - time.monotonic()
+
+    def now(self) -> float:
+        """Return seconds since the Unix epoch."""
+        return time.monotonic() + self._offset
+
+    async def sleep_until(self, deadline: float) -> None:
+        """Sleep on the running event loop."""
+        await asyncio.sleep(max(0.0, deadline - self.now()))

@@ -1,0 +1,95 @@
+"""Prometheus metrics, on a registry that the caller brings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+# Source of the buckets: coder's metadatabatcher, so that its dashboards fit; names differ in the prefix only.
+UTILIZATION_BUCKETS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 40, 80, 160)
+BATCH_SIZE_BUCKETS: Final = (10, 25, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500)
+FLUSH_SECONDS_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+
+class ProducerMetrics:
+    """What a MetadataProducer counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.dropped_keys = Counter(
+            "agent_metadata_dropped_keys",
+            "Entries of reports dropped because the local queue was full.",
+            registry=registry,
+        )
+        self.failed_deliveries = Counter(
+            "agent_metadata_failed_deliveries", "Reports that Kafka did not acknowledge.", registry=registry
+        )
+
+
+class WorkerMetrics:
+    """What a worker counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.records = Counter("agent_metadata_records", "Records of the events topic consumed.", registry=registry)
+        self.entries = Counter("agent_metadata_entries", "Entries folded.", registry=registry)
+        self.windows = Counter("agent_metadata_windows", "Windows closed.", ["reason"], registry=registry)
+        self.rows = Counter("agent_metadata_window_rows", "Rows of closed windows, after dedup.", registry=registry)
+        self.dead_letters = Counter("agent_metadata_dead_letters", "Records dead-lettered.", registry=registry)
+        self.clamped_clocks = Counter(
+            "agent_metadata_clamped_clocks",
+            "Times set back because they were too far ahead of the broker's.",
+            registry=registry,
+        )
+        self.lost_records = Counter(
+            "agent_metadata_retention_lost_records",
+            "Records that retention deleted before they were consumed.",
+            registry=registry,
+        )
+        self._open_pairs = Gauge(
+            "agent_metadata_open_pairs", "Unique pairs in open windows.", ["partition"], registry=registry
+        )
+
+    def show_open_pairs(self, pairs: Mapping[int, int]) -> None:
+        """Set the gauge for the partitions this worker owns now, and for no others."""
+        self._open_pairs.clear()
+        for partition, count in pairs.items():
+            self._open_pairs.labels(partition).set(count)
+
+
+class SinkMetrics:
+    """What a sink counts; the first five are metadatabatcher's, observed after the commit."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.batch_utilization = Histogram(
+            "agent_metadata_batch_utilization",
+            "Keys per agent and batch.",
+            buckets=UTILIZATION_BUCKETS,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "agent_metadata_batch_size", "Entries per batch.", buckets=BATCH_SIZE_BUCKETS, registry=registry
+        )
+        self.flush_seconds = Histogram(
+            "agent_metadata_flush_duration_seconds",
+            "Duration of the transaction that applied a batch.",
+            ["reason"],
+            buckets=FLUSH_SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.batches = Counter("agent_metadata_batches", "Batches applied.", ["reason"], registry=registry)
+        self.flushed = Counter("agent_metadata_flushed", "Entries of applied batches.", registry=registry)
+        self.skipped_batches = Counter(
+            "agent_metadata_skipped_batches", "Batches whose source range was applied already.", registry=registry
+        )
+        self.rows_written = Counter("agent_metadata_rows_written", "Rows that changed.", registry=registry)
+        self.notify_payloads = Counter("agent_metadata_notify_payloads", "NOTIFY payloads sent.", registry=registry)
+        self.failed_flushes = Counter(
+            "agent_metadata_failed_flushes", "Transactions that failed and were tried again.", registry=registry
+        )
+        self.dead_letters = Counter("agent_metadata_dead_letters", "Records or rows dead-lettered.", registry=registry)
+        self.lost_batches = Counter(
+            "agent_metadata_retention_lost_batches",
+            "Batches that retention deleted before they were applied.",
+            registry=registry,
+        )

@@ -1,0 +1,121 @@
+"""Build the tables: sql/migrations in order, each once, whoever runs them and however often."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from pipeline.data_files import data_dir
+from pipeline.errors import SchemaMismatch
+from pipeline.store import translated_errors
+
+# Any number will do, as long as no other program of the database takes the same.
+_ADVISORY_LOCK: Final = 7_236_219_114
+_TABLE: Final = """
+create table if not exists agent_metadata_migrations (
+    version integer primary key,
+    name text not null,
+    checksum text not null,
+    applied_at timestamptz not null default now()
+)
+"""
+
+
+@dataclass(frozen=True)
+class MigrationStatus:
+    """One migration; `changed` says that its file is not what was applied."""
+
+    version: int
+    name: str
+    applied_at: datetime | None
+    changed: bool
+
+
+async def migrate(connection: Any, *, unlogged: bool = False) -> list[str]:
+    """Apply what is missing, one transaction a migration; return the names applied.
+
+    `unlogged` makes workspace_agent_metadata UNLOGGED when it is not: writes cost less WAL, but a crash of Postgres
+    empties the table, standbys never see it, and its definitions are gone with it.
+
+    Raises:
+        SchemaMismatch: a migration that was applied has changed since.
+    """
+    files = _migration_files()
+    async with translated_errors("migrating"):
+        await connection.execute("select pg_advisory_lock($1)", _ADVISORY_LOCK)
+        try:
+            await connection.execute(_TABLE)
+            status = await migration_status(connection)
+            _refuse_changed(status)
+            missing = [item for item in status if item.applied_at is None]
+            for item in missing:
+                await _apply(connection, item, files[item.version][1])
+            await _set_persistence(connection, unlogged=unlogged)
+        finally:
+            await connection.execute("select pg_advisory_unlock($1)", _ADVISORY_LOCK)
+    return [item.name for item in missing]
+
+
+async def migration_status(connection: Any) -> list[MigrationStatus]:
+    """List all migrations in order, applied or not."""
+    async with translated_errors("reading migrations"):
+        exists = await connection.fetchval("select to_regclass('agent_metadata_migrations') is not null")
+        query = "select version, checksum, applied_at from agent_metadata_migrations"
+        applied = {row["version"]: row for row in await connection.fetch(query)} if exists else {}
+    status = []
+    for version, (name, sql) in sorted(_migration_files().items()):
+        row = applied.get(version)
+        is_changed = row is not None and row["checksum"] != _checksum(sql)
+        status.append(MigrationStatus(version, name, row["applied_at"] if row else None, is_changed))
+    return status
+
+
+async def require_schema(connection: Any) -> None:
+    """Check that all migrations are applied.
+
+    Raises:
+        SchemaMismatch: names what is missing or changed.
+    """
+    status = await migration_status(connection)
+    _refuse_changed(status)
+    if missing := [item.name for item in status if item.applied_at is None]:
+        raise SchemaMismatch(f"the database lacks {', '.join(missing)}: run `agent-metadata db migrate`")
+
+
+async def _apply(connection: Any, item: MigrationStatus, sql: str) -> None:
+    async with connection.transaction():
+        await connection.execute(sql)
+        await connection.execute(
+            "insert into agent_metadata_migrations (version, name, checksum) values ($1, $2, $3)",
+            item.version,
+            item.name,
+            _checksum(sql),
+        )
+
+
+async def _set_persistence(connection: Any, *, unlogged: bool) -> None:
+    """Rewrite the table only if it is not as wanted; coder's own table is UNLOGGED and is left so."""
+    is_unlogged = await connection.fetchval(
+        "select relpersistence = 'u' from pg_class where oid = 'workspace_agent_metadata'::regclass"
+    )
+    if unlogged and not is_unlogged:
+        await connection.execute("alter table workspace_agent_metadata set unlogged")
+
+
+def _migration_files() -> dict[int, tuple[str, str]]:
+    """Read (name, SQL) by version from files named NNNN_what_it_does.sql."""
+    files = sorted((data_dir("sql") / "migrations").glob("*.sql"))
+    return {int(file.name[:4]): (file.stem, file.read_text(encoding="utf-8")) for file in files}
+
+
+def _checksum(sql: str) -> str:
+    return hashlib.sha256(sql.encode()).hexdigest()
+
+
+def _refuse_changed(status: list[MigrationStatus]) -> None:
+    if changed := [item.name for item in status if item.changed]:
+        raise SchemaMismatch(
+            f"{', '.join(changed)} was applied with other contents: restore the file, and make a new migration instead"
+        )

@@ -1,0 +1,122 @@
+"""One source partition in the worker: fold chunks, close windows on time, hand them on in order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Protocol
+
+from pipeline.batch import Reason
+from pipeline.clock import Clock
+from pipeline.window import ClosedWindow, Record
+
+# Closed windows that may wait for Kafka's acknowledgement before the partition takes no more records; with the
+# open one this bounds a partition's memory to about four times its window capacity.
+MAX_WAITING: Final = 2
+
+
+class Windows(Protocol):
+    """The latest-wins table, as a partition uses it."""
+
+    def first_end(self, partition: int, now: float) -> float: ...  # noqa: D102  # see LatestTable
+    def next_end(self, partition: int, end: float, now: float) -> float: ...  # noqa: D102
+    def open(self, partition: int, now: float) -> object: ...  # noqa: D102
+    def fold(self, partition: int, records: Sequence[Record], start: int) -> int: ...  # noqa: D102
+    def is_full(self, partition: int) -> bool: ...  # noqa: D102
+    def close(self, partition: int, reason: Reason, now: float) -> ClosedWindow: ...  # noqa: D102
+    def drop(self, partition: int) -> None: ...  # noqa: D102
+
+
+class SourcePartition:
+    """Owns one partition's windows from assignment to revocation.
+
+    Guarantee: closed windows are delivered one at a time, in the order in which they closed; `deliver` returns only
+    when a window is safe in Kafka. If it raises, `on_failure` gets the error and nothing more is delivered.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        windows: Windows,
+        clock: Clock,
+        deliver: Callable[[int, ClosedWindow], Awaitable[None]],
+        on_failure: Callable[[BaseException], None],
+        next_offset: int | None = None,
+    ) -> None:
+        self.number = number
+        self.next_offset = next_offset
+        self._windows = windows
+        self._clock = clock
+        self._deliver = deliver
+        self._on_failure = on_failure
+        self._waiting: deque[ClosedWindow] = deque()
+        self._changed = asyncio.Condition()
+        self._is_ending = False
+        now = clock.now()
+        windows.open(number, now)
+        self._end = windows.first_end(number, now)
+        self._tasks = [asyncio.create_task(self._close_by_clock()), asyncio.create_task(self._flush())]
+        for task in self._tasks:
+            task.add_done_callback(self._report_failure)
+
+    async def take(self, records: Sequence[Record], next_offset: int) -> None:
+        """Fold consecutive records; waits while too many closed windows are not yet safe."""
+        index = 0
+        while index < len(records) and not self._is_ending:
+            index = self._windows.fold(self.number, records, index)
+            if self._windows.is_full(self.number):
+                self._end = self._windows.next_end(self.number, self._clock.now(), self._clock.now())
+                await self._close("capacity")
+        self.next_offset = next_offset
+
+    async def finish(self, reason: Reason) -> None:
+        """Take no more records, close the open window, and return when everything is delivered."""
+        await self._end_taking()
+        await self._close(reason)
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._waiting)
+
+    async def abandon(self) -> None:
+        """Stop at once; what was not delivered was not committed either, and will be read again."""
+        await self._end_taking()
+        for task in self._tasks:
+            task.cancel()
+        self._windows.drop(self.number)
+
+    async def _end_taking(self) -> None:
+        self._is_ending = True
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _close(self, reason: Reason) -> None:
+        closed = self._windows.close(self.number, reason, self._clock.now())
+        if closed.last < closed.first:
+            return
+        self._waiting.append(closed)
+        async with self._changed:
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: len(self._waiting) <= MAX_WAITING or self._is_ending)
+
+    async def _close_by_clock(self) -> None:
+        while not self._is_ending:
+            end = self._end
+            await self._clock.sleep_until(end)
+            # A close at capacity moves the end; a sleep may wake a hair early.
+            if end == self._end and self._clock.now() >= end and not self._is_ending:
+                self._end = self._windows.next_end(self.number, end, self._clock.now())
+                await self._close("scheduled")
+
+    async def _flush(self) -> None:
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._waiting)
+            await self._deliver(self.number, self._waiting[0])
+            self._waiting.popleft()
+            async with self._changed:
+                self._changed.notify_all()
+
+    def _report_failure(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_failure(error)

@@ -1,0 +1,161 @@
+"""MetadataProducer: how an agent, or what speaks for agents, reports its metadata."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Final, Self
+
+import structlog
+from confluent_kafka import KafkaError, Message, Producer
+from prometheus_client import CollectorRegistry
+
+from pipeline.metrics import ProducerMetrics
+from pipeline.report import Entry, Report, apply_limits, encode_report, key_problem
+
+# Source: metadatabatcher warns of dropped entries at most this often.
+DROP_WARNING_SECONDS: Final = 10.0
+_LINGER_MS: Final = 20
+
+_log = structlog.get_logger(__name__)
+
+
+class MetadataProducer:
+    """Produces reports to the events topic; made for one process, usable from several threads.
+
+    Guarantee: an accepted report that Kafka acknowledged (acks=all, idempotent) is not lost; one report stays one
+    record, and an agent's records stay in order. What is not acknowledged is counted and logged.
+    """
+
+    def __init__(
+        self,
+        client_config: Mapping[str, Any],
+        *,
+        topic: str = "agent-metadata.events.v1",
+        registry: CollectorRegistry | None = None,
+        max_queued_reports: int = 100_000,
+    ) -> None:
+        self._topic = topic
+        self._metrics = ProducerMetrics(registry or CollectorRegistry())
+        self._warned_at = -DROP_WARNING_SECONDS
+        self._dropped_since_warning = 0
+        self._is_closed = False
+        self._producer = Producer(
+            {
+                **client_config,
+                "acks": "all",
+                "enable.idempotence": True,
+                "compression.type": "lz4",
+                "linger.ms": _LINGER_MS,
+                # Java's default for keyed records, so that an agent's records from any client share a partition.
+                "partitioner": "murmur2",
+                "queue.buffering.max.messages": max_queued_reports,
+                "error_cb": _log_error,
+            }
+        )
+
+    def add(
+        self,
+        agent_id: uuid.UUID,
+        keys: Sequence[str],
+        values: Sequence[str],
+        errors: Sequence[str],
+        collected_at: datetime | Sequence[datetime] | None = None,
+    ) -> bool:
+        """Queue one report; never blocks. Return False if the local queue was full and the report was dropped.
+
+        Shape: equally long sequences; no keys make no report. `collected_at` is one aware time for all keys, one a
+        key, or None: then the broker's time of arrival counts.
+
+        Raises:
+            ValueError: lengths differ, a time is naive, a key is too long (nothing is queued), or the keys together
+                exceed 6,144 bytes: what came before that key is queued, as coder's agent API does.
+            RuntimeError: the producer is closed.
+        """
+        if self._is_closed:
+            raise RuntimeError("the producer is closed: this report would be lost")
+        report = _report(agent_id, keys, values, errors, collected_at)
+        if not report.entries:
+            return True
+        left_out = apply_limits(report)
+        is_queued = self._produce(report)
+        if left_out is not None:
+            raise ValueError(left_out)
+        return is_queued
+
+    def flush(self, timeout_seconds: float = 30.0) -> int:
+        """Wait for acknowledgements; return how many reports still have none."""
+        left: int = self._producer.flush(timeout_seconds)
+        return left
+
+    def close(self, timeout_seconds: float = 15.0) -> int:
+        """Flush and take no more reports; return how many were not acknowledged."""
+        self._is_closed = True
+        return self.flush(timeout_seconds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if left := self.close():
+            _log.warning("reports_not_acknowledged", count=left, advice="is Kafka up?")
+
+    def _produce(self, report: Report) -> bool:
+        self._producer.poll(0)
+        try:
+            self._producer.produce(
+                self._topic, encode_report(report), report.agent_id.encode(), on_delivery=self._delivered
+            )
+        except BufferError:
+            self._count_dropped(len(report.entries))
+            return False
+        return True
+
+    def _count_dropped(self, entries: int) -> None:
+        self._metrics.dropped_keys.inc(entries)
+        self._dropped_since_warning += entries
+        now = time.monotonic()
+        if now - self._warned_at >= DROP_WARNING_SECONDS:
+            _log.warning("local_queue_full", dropped_keys=self._dropped_since_warning, advice="is Kafka up?")
+            self._warned_at, self._dropped_since_warning = now, 0
+
+    def _delivered(self, error: KafkaError | None, _message: Message) -> None:
+        if error is not None:
+            self._metrics.failed_deliveries.inc()
+            _log.warning("report_not_delivered", topic=self._topic, error=error.str())
+
+
+def _report(
+    agent_id: uuid.UUID,
+    keys: Sequence[str],
+    values: Sequence[str],
+    errors: Sequence[str],
+    collected_at: datetime | Sequence[datetime] | None,
+) -> Report:
+    times = collected_at if isinstance(collected_at, Sequence) else [collected_at] * len(keys)
+    if not len(keys) == len(values) == len(errors) == len(times):
+        raise ValueError(
+            f"keys ({len(keys)}), values ({len(values)}), errors ({len(errors)}) and collected_at ({len(times)}) "
+            "must be equally long"
+        )
+    for key in keys:
+        if (problem := key_problem(key)) is not None:
+            raise ValueError(problem)
+    for moment in times:
+        if moment is not None and moment.tzinfo is None:
+            raise ValueError(f"collected_at {moment.isoformat()} has no time zone")
+    shared = collected_at if isinstance(collected_at, datetime) else None
+    entries = [
+        Entry(key, value, error, None if shared is not None or moment is None else moment.astimezone(UTC))
+        for key, value, error, moment in zip(keys, values, errors, times, strict=True)
+    ]
+    return Report(str(agent_id), entries, None if shared is None else shared.astimezone(UTC))
+
+
+def _log_error(error: KafkaError) -> None:
+    _log.warning("kafka_unavailable", error=error.str())

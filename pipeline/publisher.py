@@ -1,0 +1,104 @@
+"""Produce batches and dead letters: an asyncio face on confluent-kafka's producer, for few, large records."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import structlog
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from pipeline.errors import PipelineError
+
+_POLL_SECONDS: Final = 0.1
+_FULL_QUEUE_PAUSE_SECONDS: Final = 0.02
+# What waits for acknowledgements is bounded by the windows; this only keeps librdkafka from refusing them early.
+_MAX_QUEUED_KBYTES: Final = 262_144
+
+_log = structlog.get_logger(__name__)
+
+
+class Publisher:
+    """Sends records with acks=all, idempotently, in order per partition.
+
+    Guarantee: a record is retried for as long as it takes; an outage delays acknowledgements and loses nothing.
+    """
+
+    def __init__(self, client_config: Mapping[str, Any]) -> None:
+        self._producer = Producer(
+            {
+                **client_config,
+                "enable.idempotence": True,
+                "compression.type": "lz4",
+                "linger.ms": 5,
+                "message.timeout.ms": 0,  # never give a record up by time
+                "queue.buffering.max.kbytes": _MAX_QUEUED_KBYTES,
+                "error_cb": _log_error,
+            }
+        )
+        self._loop = asyncio.get_running_loop()
+        self._is_closing = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="publisher-poll", daemon=True)
+        self._thread.start()
+
+    async def send(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        partition: int = -1,
+        key: bytes | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> asyncio.Future[None]:
+        """Queue a record; the future is done when Kafka has acknowledged it.
+
+        Raises (from the future): PipelineError, if Kafka refuses this record for good.
+        """
+        acknowledged: asyncio.Future[None] = self._loop.create_future()
+
+        def on_delivery(error: KafkaError | None, _message: Message) -> None:
+            self._loop.call_soon_threadsafe(_settle, acknowledged, error, topic)
+
+        while True:
+            try:
+                self._producer.produce(
+                    topic,
+                    value,
+                    key,
+                    partition,
+                    on_delivery=on_delivery,
+                    headers=list(headers),
+                )
+            except BufferError:
+                await asyncio.sleep(_FULL_QUEUE_PAUSE_SECONDS)
+            except KafkaException as error:
+                _settle(acknowledged, error.args[0], topic)
+                return acknowledged
+            else:
+                return acknowledged
+
+    async def close(self, timeout_seconds: float) -> int:
+        """Flush; return how many records are still not acknowledged."""
+        left: int = await asyncio.to_thread(self._producer.flush, timeout_seconds)
+        self._is_closing.set()
+        await asyncio.to_thread(self._thread.join)
+        return left
+
+    def _poll(self) -> None:
+        while not self._is_closing.is_set():
+            self._producer.poll(_POLL_SECONDS)
+
+
+def _settle(acknowledged: asyncio.Future[None], error: KafkaError | None, topic: str) -> None:
+    if acknowledged.done():
+        return
+    if error is None:
+        acknowledged.set_result(None)
+    else:
+        acknowledged.set_exception(PipelineError(f"Kafka refused a record for {topic}: {error.str()}"))
+
+
+def _log_error(error: KafkaError) -> None:
+    _log.warning("kafka_unavailable", error=error.str())

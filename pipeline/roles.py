@@ -1,0 +1,250 @@
+"""Wire a worker, a sink and a listener from settings: what runs in one process each."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any, Final
+from uuid import UUID
+
+import asyncpg
+import structlog
+from confluent_kafka import Message
+from prometheus_client import CollectorRegistry, start_http_server
+
+from pipeline.batch import Row
+from pipeline.batch_consumer import BatchConsumer
+from pipeline.clock import SystemClock
+from pipeline.dead_letter import dead_letter_headers
+from pipeline.errors import PipelineError, RowRejected, ServiceUnavailable
+from pipeline.listener import MetadataListener
+from pipeline.metrics import SinkMetrics, WorkerMetrics
+from pipeline.migrations import require_schema
+from pipeline.publisher import Publisher
+from pipeline.report import Entry, Report, encode_report
+from pipeline.settings import Settings
+from pipeline.sink import Sink
+from pipeline.store import CONNECT_TIMEOUT_SECONDS, PartitionId, Received, Store, read_rows, translated_errors
+from pipeline.topic_admin import TopicFacts, load_topic_specs, require_topics
+from pipeline.window import Rejected
+from pipeline.worker import SHUTDOWN_SECONDS, Worker
+
+# How long a start waits for Kafka or Postgres before it says that they can't be reached.
+START_TIMEOUT_SECONDS: Final = 10.0
+# As many transactions at once as bring more rows a second: measured on two cores, one more brings nothing.
+SINK_CONNECTIONS: Final = 2
+
+_log = structlog.get_logger(__name__)
+
+
+async def run_worker(settings: Settings) -> None:
+    """Run a worker until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError, ServiceUnavailable: it could not start.
+        PipelineError: it failed; nothing unsafe was committed.
+    """
+    topics = await _require_topics(settings)
+    registry = CollectorRegistry()
+    publisher = Publisher(settings.client_config())
+
+    async def dead_letter(rejected: Rejected, partition: int) -> asyncio.Future[None]:
+        record = rejected.record
+        headers = dead_letter_headers(
+            topic=settings.events_topic,
+            partition=partition,
+            offset=record.offset,
+            stage="worker",
+            error_class="DecodeError",
+            message=rejected.reason,
+            original=tuple(getattr(record, "headers", ())),
+        )
+        return await publisher.send(settings.dead_letter_topic, record.value, key=record.key, headers=headers)
+
+    worker = Worker(
+        settings,
+        send=publisher.send,
+        dead_letter=dead_letter,
+        events_topic_id=topics["events"].topic_id,
+        partitions=topics["events"].partitions,
+        clock=SystemClock(),
+        metrics=WorkerMetrics(registry),
+    )
+    _serve_metrics(settings, registry)
+    _on_stop_signals(worker.stop)
+    _log.info("worker_started", group=settings.worker_group, topic=settings.events_topic)
+    try:
+        await worker.run()
+    finally:
+        if left := await publisher.close(START_TIMEOUT_SECONDS):
+            _log.warning("batches_not_acknowledged", count=left, advice="they will be made again from the events")
+    _log.info("worker_stopped")
+
+
+async def run_sink(settings: Settings) -> None:
+    """Run a sink until SIGTERM or SIGINT; then apply what Kafka holds at that moment, for at most 15 s.
+
+    Raises:
+        ConfigError, ServiceUnavailable: it could not start.
+        PipelineError: it failed; what it had not applied stays in Kafka.
+    """
+    topics = await _require_topics(settings)
+    store = await _open_store(settings)
+    stop = asyncio.Event()
+    failures: list[BaseException] = []
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        stop.set()
+
+    publisher = Publisher(settings.client_config())
+    registry = CollectorRegistry()
+    batches = topics["batches"]
+    consumer, sink = _wire_sink(settings, batches, store, publisher, SinkMetrics(registry), fail)
+    _serve_metrics(settings, registry)
+    _on_stop_signals(stop.set)
+    consuming = consumer.start()
+    _log.info("sink_started", group=settings.sink_group, topic=settings.batches_topic)
+    waiting = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([consuming, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if not failures and not consuming.done():
+            with contextlib.suppress(ServiceUnavailable):
+                await sink.drain(await consumer.ends(), SHUTDOWN_SECONDS)
+    finally:
+        waiting.cancel()
+        await consumer.close()
+        sink.lose(range(batches.partitions))
+        await publisher.close(START_TIMEOUT_SECONDS)
+        await store.close()
+    if consuming.done() and (error := consuming.exception()) is not None:
+        failures.append(error)
+    if failures:
+        raise failures[0]
+    _log.info("sink_stopped")
+
+
+def _wire_sink(
+    settings: Settings,
+    batches: TopicFacts,
+    store: Store,
+    publisher: Publisher,
+    metrics: SinkMetrics,
+    fail: Callable[[BaseException], None],
+) -> tuple[BatchConsumer, Sink]:
+    async def positions(partitions: Sequence[int]) -> dict[int, int]:
+        while True:
+            try:
+                return dict(await store.next_offsets(batches.topic_id, partitions))
+            except ServiceUnavailable as error:
+                _log.warning("waiting_for_postgres", error=str(error))
+                await asyncio.sleep(1.0)
+
+    async def apply(partition: int, received: Sequence[tuple[int, Any]], reject: Any, *, earliest: int) -> Any:
+        target = PartitionId(batches.topic_id, partition, batches.name)
+        return await store.apply(target, [Received(*item) for item in received], reject, earliest=earliest)
+
+    async def dead_letter_record(message: Message, reason: str) -> None:
+        headers = dead_letter_headers(
+            topic=batches.name,
+            partition=message.partition(),
+            offset=message.offset(),
+            stage="sink",
+            error_class="DecodeError",
+            message=reason,
+        )
+        await (await publisher.send(settings.dead_letter_topic, message.value(), headers=headers))
+
+    async def dead_letter_row(partition: int, row: Row, error: RowRejected) -> None:
+        """Send the row as a report of one entry, ready to be redriven once its cause is gone."""
+        headers = dead_letter_headers(
+            topic=batches.name,
+            partition=partition,
+            offset=-1,
+            stage="sink",
+            error_class="RowRejected",
+            message=str(error),
+            sqlstate=error.sqlstate,
+        )
+        entry = Entry(row.key, row.value, row.error)
+        report = encode_report(Report(row.agent_id, [entry], row.collected_at))
+        key = row.agent_id.encode()
+        await (await publisher.send(settings.dead_letter_topic, report, key=key, headers=headers))
+
+    consumer = BatchConsumer(
+        settings.client_config(),
+        topic=batches.name,
+        group=settings.sink_group,
+        session_timeout_seconds=settings.session_timeout_seconds,
+        positions=positions,
+        on_records=lambda partition, messages: sink.take(partition, messages),
+        on_lost=lambda partitions: sink.lose(partitions),
+    )
+    sink = Sink(
+        source=consumer,
+        apply=apply,
+        dead_letter_record=dead_letter_record,
+        dead_letter_row=dead_letter_row,
+        metrics=metrics,
+        on_failure=fail,
+    )
+    return consumer, sink
+
+
+@contextlib.asynccontextmanager
+async def connected(settings: Settings) -> AsyncIterator[Any]:
+    """Open one connection to the database, for a command.
+
+    Raises:
+        ServiceUnavailable, ConfigError: it can't be reached, or refuses us.
+    """
+    connection = await connect(settings)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def connect(settings: Settings) -> Any:
+    """Open one connection to the database; the caller closes it."""
+    async with translated_errors("connecting"):
+        return await asyncpg.connect(settings.database_url.get_secret_value(), timeout=CONNECT_TIMEOUT_SECONDS)
+
+
+def listener(settings: Settings, agent_ids: Iterable[UUID] | None) -> MetadataListener:
+    """Make a listener of some agents, or of all (None)."""
+    return MetadataListener(lambda: connect(settings), read_rows, agent_ids)
+
+
+async def _require_topics(settings: Settings) -> dict[str, TopicFacts]:
+    specs = load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
+    return await asyncio.to_thread(require_topics, settings.client_config(), specs, timeout_s=START_TIMEOUT_SECONDS)
+
+
+async def _open_store(settings: Settings) -> Store:
+    async with connected(settings) as connection:
+        await require_schema(connection)
+    return await Store.connect(
+        settings.database_url.get_secret_value(),
+        connections=SINK_CONNECTIONS,
+        undeclared=settings.undeclared,
+        notify=settings.notify == "on",
+    )
+
+
+def _serve_metrics(settings: Settings, registry: CollectorRegistry) -> None:
+    if settings.metrics_port:
+        try:
+            start_http_server(settings.metrics_port, registry=registry)
+        except OSError as error:
+            raise PipelineError(
+                f"AGENT_METADATA_METRICS_PORT={settings.metrics_port} can't be served: {error.strerror}"
+            ) from error
+
+
+def _on_stop_signals(stop: Callable[[], None]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)

@@ -1,0 +1,134 @@
+"""Settings: environment variables over defaults, checked before anything starts."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pipeline.errors import ConfigError
+
+PREFIX = "AGENT_METADATA_"
+
+
+class Settings(BaseSettings):
+    """What an operator may set; each field's environment variable is its name in capitals behind AGENT_METADATA_.
+
+    KAFKA_BOOTSTRAP_SERVERS and DATABASE_URL are shared with other programs and carry no prefix.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, populate_by_name=True)
+
+    kafka_bootstrap_servers: str = Field(
+        default="localhost:9092",
+        validation_alias="KAFKA_BOOTSTRAP_SERVERS",
+        description="host:port of one or more brokers, comma separated",
+    )
+    database_url: SecretStr = Field(
+        default=SecretStr("postgresql://localhost/agent_metadata"),
+        validation_alias="DATABASE_URL",
+        description="postgresql:// URL of the database that holds workspace_agent_metadata",
+    )
+    events_topic: str = Field(default="agent-metadata.events.v1", description="reports of agents")
+    batches_topic: str = Field(default="agent-metadata.batches.v1", description="closed windows, for sinks")
+    dead_letter_topic: str = Field(
+        default="agent-metadata.dead-letter.v1", description="what could not be used, with its reason"
+    )
+    consumer_group: str = Field(
+        default="agent-metadata", min_length=1, description="prefix of the groups -worker and -sink"
+    )
+    partitions: int = Field(default=8, ge=1, le=1024, description="of the events and the batches topic alike")
+    window_seconds: float = Field(
+        default=5.0, ge=0.1, le=3600, description="length of a tumbling window; metadatabatcher's interval is 5 s"
+    )
+    batch_size: int = Field(default=500, ge=1, le=10_000, description="most rows in a batch; metadatabatcher's is 500")
+    window_capacity: int = Field(
+        default=50_000,
+        ge=1,
+        le=5_000_000,
+        description="unique (agent, key) pairs at which a partition's window closes early: the bound on memory; "
+        "set it to the batch size for metadatabatcher's behaviour",
+    )
+    undeclared: Literal["insert", "ignore"] = Field(
+        default="insert", description="a pair without a row becomes one, or is left out (metadatabatcher)"
+    )
+    notify: Literal["on", "off"] = Field(default="on", description="off for backfills that nobody watches")
+    unlogged: bool = Field(default=False, description="an UNLOGGED table: less WAL, but a crash of Postgres empties it")
+    max_clock_skew_seconds: float = Field(
+        default=60.0, ge=0, le=86_400, description="how far ahead of the broker's clock an agent is believed"
+    )
+    session_timeout_seconds: float = Field(
+        default=10.0, ge=1, le=300, description="after which a silent worker's or sink's partitions move on"
+    )
+    metrics_port: int = Field(default=0, ge=0, le=65_535, description="of /metrics; 0 = off")
+    log_format: Literal["console", "json"] = Field(default="console", description="of the log on stderr")
+
+    @field_validator("kafka_bootstrap_servers")
+    @classmethod
+    def _is_server_list(cls, value: str) -> str:
+        for server in value.split(","):
+            host, _, port = server.strip().rpartition(":")
+            if not host or not port.isdigit():
+                raise ValueError(f"{server.strip()!r} is not host:port")
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgres_url(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("must start with postgresql://")
+        return value
+
+    @property
+    def worker_group(self) -> str:
+        """The worker's consumer group, which is also the Faust app's id."""
+        return f"{self.consumer_group}-worker"
+
+    @property
+    def sink_group(self) -> str:
+        """The sink's consumer group."""
+        return f"{self.consumer_group}-sink"
+
+    def client_config(self) -> dict[str, Any]:
+        """Return what every confluent-kafka client of ours needs to reach the cluster."""
+        return {
+            "bootstrap.servers": self.kafka_bootstrap_servers,
+            "client.id": "agent-metadata",
+            "topic.metadata.refresh.interval.ms": 30_000,
+            "log.connection.close": False,
+        }
+
+    @property
+    def topic_names(self) -> dict[str, str]:
+        """The topics by role, as `topics/` declares them."""
+        return {
+            "events": self.events_topic,
+            "batches": self.batches_topic,
+            "dead_letter": self.dead_letter_topic,
+        }
+
+    @property
+    def max_clock_skew(self) -> timedelta:
+        """`max_clock_skew_seconds`, typed."""
+        return timedelta(seconds=self.max_clock_skew_seconds)
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the settings; options given on the command line (not None) go over the environment.
+
+    Raises:
+        ConfigError: names the setting, its value and what is allowed; a secret's value is never shown.
+    """
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigError("; ".join(_complaint(item) for item in error.errors())) from None
+
+
+def _complaint(item: Any) -> str:
+    name = str(item["loc"][0]) if item["loc"] else "settings"
+    variable = name if name.isupper() else PREFIX + name.upper()
+    shown = "" if "url" in name.lower() else f"={item['input']!r}"
+    return f"{variable}{shown}: {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -1,0 +1,96 @@
+"""Simulated agents: reports at a steady pace, and an oracle of what the table must hold in the end."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+# Names of coder's own examples come first; further keys are numbered.
+_KEYS: Final = ("cpu", "memory", "disk", "load", "status", "uptime", "users", "network", "processes", "version")
+_NAMESPACE: Final = uuid.UUID("6f1d3d0a-6b57-4a55-9d4e-0a2f5c1e8b11")
+
+
+class Simulated(NamedTuple):
+    """One report to be sent at `due` seconds after the start."""
+
+    due: float
+    agent_id: uuid.UUID
+    keys: list[str]
+    values: list[str]
+    errors: list[str]
+
+
+@dataclass
+class Oracle:
+    """The newest accepted entry of each pair: what the table must hold when everything has arrived."""
+
+    reports: int = 0
+    entries: int = 0
+    dropped: int = 0
+    newest: dict[tuple[str, str], tuple[str, str, datetime]] = field(default_factory=dict)
+
+    def note(self, report: Simulated, collected_at: datetime) -> None:
+        """Note an accepted report."""
+        self.reports += 1
+        self.entries += len(report.keys)
+        for key, value, error in zip(report.keys, report.values, report.errors, strict=True):
+            self.newest[str(report.agent_id), key] = (value, error, collected_at)
+
+    def write(self, path: Path) -> None:
+        """Write one JSON line a pair."""
+        with path.open("w", encoding="utf-8") as lines:
+            for (agent_id, key), (value, error, collected_at) in self.newest.items():
+                line = [agent_id, key, value, error, collected_at.isoformat()]
+                lines.write(json.dumps(line) + "\n")
+
+
+def agent_id(number: int) -> uuid.UUID:
+    """Return the id of the simulated agent with this number: the same in every run."""
+    return uuid.uuid5(_NAMESPACE, str(number))
+
+
+def reports(
+    *, agents: int, keys: int, interval_seconds: float, duration_seconds: float, seed: int = 0
+) -> Iterator[Simulated]:
+    """Make the reports in the order in which they are due: every agent once an interval, evenly spread."""
+    dice = random.Random(seed)  # noqa: S311  # made-up measurements, not secrets
+    ids = [agent_id(number) for number in range(agents)]
+    names = [*_KEYS[:keys], *(f"metric_{number}" for number in range(len(_KEYS), keys))]
+    for tick in range(max(1, round(duration_seconds / interval_seconds))):
+        for number, identity in enumerate(ids):
+            due = (tick + number / agents) * interval_seconds
+            values = [f"{dice.random() * 100:.1f}%" for _ in names]
+            errors = ["" if dice.random() > 0.01 else "timed out" for _ in names]
+            yield Simulated(due, identity, names, values, errors)
+
+
+def send_at_pace(
+    simulated: Iterator[Simulated],
+    add: Callable[..., bool],
+    *,
+    on_report: Callable[[Oracle], Any],
+    stop: Callable[[], bool],
+) -> Oracle:
+    """Send each report when it is due, by `add` of a MetadataProducer; return what was accepted."""
+    oracle = Oracle()
+    start = time.monotonic()
+    for report in simulated:
+        if stop():
+            break
+        ahead = report.due - (time.monotonic() - start)
+        if ahead > 0.002:  # shorter sleeps overshoot
+            time.sleep(ahead)
+        collected_at = datetime.now(UTC)
+        if add(report.agent_id, report.keys, report.values, report.errors, collected_at):
+            oracle.note(report, collected_at)
+        else:
+            oracle.dropped += 1
+        on_report(oracle)
+    return oracle

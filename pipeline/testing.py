@@ -1,0 +1,73 @@
+"""For tests of programs that use this package: a clock that stands still, and records made by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from datetime import datetime
+from typing import NamedTuple
+
+from pipeline.report import Entry, Report, encode_report
+
+
+class ManualClock:
+    """A clock that moves only by `advance`."""
+
+    def __init__(self, now: float = 1_704_067_200.0) -> None:
+        """Start at `now`, in seconds since the Unix epoch; by default 2024-01-01T00:00:00Z."""
+        self._now = now
+        self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
+
+    def now(self) -> float:
+        """Return the present, in seconds since the Unix epoch."""
+        return self._now
+
+    async def sleep_until(self, deadline: float) -> None:
+        """Return when `advance` has reached the deadline."""
+        if deadline > self._now:
+            wakes: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._sleepers.append((deadline, wakes))
+            await wakes
+
+    async def advance(self, seconds: float) -> None:
+        """Move on, waking sleepers in order, each at its own time; then let everything that woke run."""
+        target = self._now + seconds
+        while due := [sleeper for sleeper in self._sleepers if sleeper[0] <= target]:
+            sleeper = min(due, key=lambda item: item[0])
+            self._sleepers.remove(sleeper)
+            self._now = max(self._now, sleeper[0])
+            if not sleeper[1].done():
+                sleeper[1].set_result(None)
+            await settle()
+        self._now = target
+        await settle()
+
+
+async def settle(turns: int = 20) -> None:
+    """Let tasks of the event loop run until they wait for something else than each other."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+
+class FakeRecord(NamedTuple):
+    """A consumed Kafka record; `timestamp` in milliseconds since the Unix epoch."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
+def record(
+    offset: int,
+    agent_id: uuid.UUID | str,
+    collected_at: datetime | None = None,
+    /,
+    *,
+    appended_ms: int = 1_704_067_200_000,
+    **values: str,
+) -> FakeRecord:
+    """Make the record of a report whose keys and values are the keyword arguments."""
+    report = Report(str(agent_id), [Entry(key, value) for key, value in values.items()], collected_at)
+    return FakeRecord(offset, appended_ms, str(agent_id).encode(), encode_report(report))

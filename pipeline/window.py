@@ -1,0 +1,197 @@
+"""The open window of one source partition: the latest value per (agent_id, key), folded record by record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, NamedTuple, Protocol
+
+from pipeline.batch import Reason, Row
+from pipeline.errors import DecodeError
+from pipeline.report import (
+    BACKSLASH,
+    PARSE_ERRORS,
+    SHORT_BYTES,
+    Entry,
+    apply_limits,
+    canonical_agent_id,
+    decode_report,
+    key_problem,
+    parse_report,
+    timestamp_us,
+)
+
+# Spellings of agent ids seen lately, so that a UUID is parsed once and not in every report.
+_MAX_KNOWN_AGENTS: Final = 100_000
+# What sends a record from the fast path to the careful one: it can't be read, or its agent is not known yet.
+_UNCOMMON: Final = (*PARSE_ERRORS, KeyError)
+_NEVER: Final = datetime.min.replace(tzinfo=UTC)
+
+
+class Record(Protocol):
+    """What the fold reads of a consumed Kafka record; `timestamp` in milliseconds since the Unix epoch."""
+
+    @property
+    def offset(self) -> int:
+        """Its offset in the partition."""
+        ...
+
+    @property
+    def timestamp(self) -> int:
+        """The broker's append time."""
+        ...
+
+    @property
+    def key(self) -> bytes | None:
+        """The agent's id, if the producer kept to the contract; not read here."""
+        ...
+
+    @property
+    def value(self) -> bytes | None:
+        """A report in JSON."""
+        ...
+
+
+class Rejected(NamedTuple):
+    """A record, or entries of it, that can't be used; to be dead-lettered with the reason."""
+
+    record: Record
+    reason: str
+
+
+class ClosedWindow(NamedTuple):
+    """All of a partition's data between two closes; `first` to `last` is the range of source offsets it holds.
+
+    Units: `start` and `end` in seconds since the Unix epoch.
+    """
+
+    reason: Reason
+    start: float
+    end: float
+    first: int
+    last: int
+    rows: list[Row]
+    rejected: list[Rejected]
+    entries: int
+    clamped: int
+
+
+class OpenWindow:
+    """Folds records of one partition, in offset order, keeping the latest entry per (agent_id, key).
+
+    Guarantee: deterministic; reads no clock. An entry replaces the held one unless it is strictly older, so on
+    equal collected_at the later offset wins (metadatabatcher's rule). A report is never split over two windows.
+    """
+
+    def __init__(
+        self, start: float, *, capacity: int, max_clock_skew: timedelta, known: dict[str, str] | None = None
+    ) -> None:
+        self.start = start
+        self.pairs = 0
+        self.entries = 0
+        self.first: int | None = None
+        self.last: int = -1
+        self.rejected: list[Rejected] = []
+        self.clamped = 0
+        self._capacity = capacity
+        self._max_clock_skew = max_clock_skew
+        self._agents: dict[str, dict[str, tuple[datetime, Entry]]] = {}
+        self._known = {} if known is None else known
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether the window holds its capacity of unique pairs and must be closed before it takes more."""
+        return self.pairs >= self._capacity
+
+    def get(self, agent_id: str, key: str) -> tuple[datetime, Entry] | None:
+        """Return (collected_at, entry) of a pair, or None if this window has none."""
+        return self._agents.get(agent_id, {}).get(key)
+
+    def pairs_held(self) -> Iterator[tuple[str, str]]:
+        """Iterate the (agent_id, key) pairs of this window."""
+        for agent_id, held_by_key in self._agents.items():
+            for key in held_by_key:
+                yield agent_id, key
+
+    def fold(self, records: Sequence[Record], start: int = 0) -> int:  # noqa: C901  # calls would cost more than the work
+        """Fold `records[start:]` until all are done or the window is full; return the index of the next one.
+
+        A record that can't be used goes to `rejected`; the others are not affected.
+        """
+        # The hot loop, one turn an entry: names are local, and what is rare has left for a method.
+        agents, known, capacity = self._agents, self._known, self._capacity
+        pairs, count, index, end = self.pairs, self.entries, start, len(records)
+        certain = self._latest_believed(records[start].timestamp) if start < end else _NEVER
+        while index < end and pairs < capacity:
+            record = records[index]
+            index += 1
+            raw: Any = record.value  # None is a TypeError below
+            problem = None
+            try:
+                report = parse_report(raw)
+                agent_id = known[report.agent_id]
+                if len(raw) > SHORT_BYTES or BACKSLASH in raw:
+                    problem = apply_limits(report)
+            except _UNCOMMON:
+                try:
+                    report, problem = decode_report(raw)
+                    agent_id = self._learn(report.agent_id)
+                except DecodeError as error:
+                    self.rejected.append(Rejected(record, str(error)))
+                    continue
+            moment = report.collected_at
+            if moment is None or moment > certain:
+                moment = self._believe(moment, record.timestamp)
+            held_by_key = agents.get(agent_id)
+            if held_by_key is None:
+                held_by_key = agents[agent_id] = {}
+            for entry in report.entries:
+                count += 1
+                at = moment
+                if entry.collected_at is not None:
+                    at = self._believe(entry.collected_at, record.timestamp)
+                key = entry.key
+                held = held_by_key.get(key)
+                if held is None:
+                    if key_refused := key_problem(key):
+                        problem = key_refused
+                        continue
+                    pairs += 1
+                elif at < held[0]:
+                    continue
+                held_by_key[key] = (at, entry)
+            if problem is not None:
+                self.rejected.append(Rejected(record, problem))
+        self.pairs, self.entries = pairs, count
+        if index > start:
+            if self.first is None:
+                self.first = records[start].offset
+            self.last = records[index - 1].offset
+        return index
+
+    def close(self, reason: Reason, end: float) -> ClosedWindow:
+        """Hand out all that was folded; rows in the order in which their pairs first came."""
+        rows = [
+            Row(agent_id, key, entry.value, entry.error, timestamp_us(at))
+            for agent_id, held_by_key in self._agents.items()
+            for key, (at, entry) in held_by_key.items()
+        ]
+        first = self.last + 1 if self.first is None else self.first
+        return ClosedWindow(reason, self.start, end, first, self.last, rows, self.rejected, self.entries, self.clamped)
+
+    def _latest_believed(self, appended_ms: int) -> datetime:
+        return datetime.fromtimestamp(appended_ms / 1000, UTC) + self._max_clock_skew
+
+    def _believe(self, moment: datetime | None, appended_ms: int) -> datetime:
+        """Return an agent's time, unless it has none or is too far ahead of the broker's: then the broker's."""
+        if moment is not None:
+            if moment <= self._latest_believed(appended_ms):
+                return moment
+            self.clamped += 1
+        return datetime.fromtimestamp(appended_ms / 1000, UTC)
+
+    def _learn(self, text: str) -> str:
+        if len(self._known) >= _MAX_KNOWN_AGENTS:
+            self._known.clear()
+        agent_id = self._known[text] = canonical_agent_id(text)
+        return agent_id

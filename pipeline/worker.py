@@ -1,0 +1,260 @@
+"""The worker: a Faust app that folds reports into windows and publishes each closed window as batches.
+
+The order that nothing is lost by: publish all parts of a window, wait for Kafka's acknowledgements, then commit the
+source offsets it stands for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, Protocol
+
+import faust
+import mode
+import structlog
+from faust import streams
+from faust.types import TP
+
+from pipeline.batch import Source, Window, encode_batch, split
+from pipeline.chunks import Chunk, ChunkApp, ChunkConsumer, ChunkSchema
+from pipeline.clock import Clock
+from pipeline.errors import ConfigError
+from pipeline.latest import LatestTable, LatestTables
+from pipeline.metrics import WorkerMetrics
+from pipeline.partition import SourcePartition
+from pipeline.settings import Settings
+from pipeline.window import ClosedWindow, Rejected
+
+# Offsets of safe windows are committed together this often; what a crash repeats meanwhile is skipped by the sink.
+COMMIT_INTERVAL_SECONDS: Final = 1.0
+# Source: metadatabatcher's final flush has 15 s too.
+SHUTDOWN_SECONDS: Final = 15.0
+# Chunks that may wait in the stream; each has some thousand records.
+_STREAM_BUFFER_CHUNKS: Final = 64
+_FETCH_BYTES: Final = 4 * 1024 * 1024
+_YEAR_SECONDS: Final = 31_536_000
+
+_log = structlog.get_logger(__name__)
+
+
+class Send(Protocol):
+    """Queues a record for Kafka; the future is done when it is acknowledged."""
+
+    async def __call__(  # noqa: D102
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        partition: int = -1,
+        key: bytes | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> asyncio.Future[None]: ...
+
+
+DeadLetter = Callable[[Rejected, int], Awaitable[asyncio.Future[None]]]
+
+
+class Worker:
+    """Wires Faust's app to source partitions; `run` returns after a clean stop and raises after a failure."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        send: Send,
+        dead_letter: DeadLetter,
+        events_topic_id: str,
+        partitions: int,
+        clock: Clock,
+        metrics: WorkerMetrics,
+    ) -> None:
+        self._settings = settings
+        self._send = send
+        self._dead_letter = dead_letter
+        self._events_topic_id = events_topic_id
+        self._clock = clock
+        self._metrics = metrics
+        self._partitions: dict[int, SourcePartition] = {}
+        self._committable: dict[TP, int] = {}
+        self._failure: BaseException | None = None
+        self._stop = asyncio.Event()
+        self.app = _new_app(settings)
+        self.table: LatestTable = self.app.Table(
+            "latest",
+            partitions=partitions,
+            capacity=settings.window_capacity,
+            max_clock_skew=settings.max_clock_skew,
+        ).tumbling(settings.window_seconds)
+        events = self.app.topic(settings.events_topic, schema=ChunkSchema(), acks=False)
+        self.app.agent(events, name="fold")(self._fold)
+        self.app.on_partitions_revoked.connect(self._on_revoked)
+        self.app.on_before_shutdown.connect(self._on_shutdown)
+
+    @property
+    def is_assigned(self) -> bool:
+        """Tell whether this worker owns partitions now."""
+        return bool(self.app.consumer.assignment()) if self.app.started else False
+
+    def stop(self) -> None:
+        """Ask `run` to close all windows, publish and commit them, and return."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Run until `stop` is called or something fails.
+
+        Raises: what failed; nothing that was not safe is committed then, and a new start reads it again.
+        """
+        await self.app.start()
+        upkeep = asyncio.create_task(self._commit_regularly())
+        waits = [asyncio.create_task(event.wait()) for event in (self._stop, self.app._crashed, self.app._stopped)]
+        try:
+            await asyncio.wait([upkeep, *waits], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (upkeep, *waits):
+                task.cancel()
+            await self.app.stop()
+        failure = self._failure or getattr(self.app, "crash_reason", None)
+        if failure is None and upkeep.done() and not upkeep.cancelled():
+            failure = upkeep.exception()
+        if failure is not None:
+            raise failure
+
+    async def _fold(self, stream: streams.Stream[Chunk]) -> None:
+        async for event in stream.events():
+            await self._take(event.message.partition, event.value)
+
+    async def _take(self, number: int, chunk: Chunk) -> None:
+        tp = TP(self._settings.events_topic, number)
+        partition = self._partitions.get(number)
+        if partition is None:
+            partition = self._partitions[number] = SourcePartition(
+                number,
+                windows=self.table,
+                clock=self._clock,
+                deliver=self._deliver,
+                on_failure=self._fail,
+                next_offset=self._consumer.committed_offset(tp),
+            )
+        expected = partition.next_offset
+        if (
+            expected is not None
+            and chunk.start > expected
+            and not await self._account_for_gap(tp, expected, chunk.start)
+        ):
+            return
+        self._metrics.records.inc(len(chunk.records))
+        await partition.take(chunk.records, chunk.next_offset)
+
+    async def _account_for_gap(self, tp: TP, expected: int, start: int) -> bool:
+        """Records are missing before this chunk: go back for them, unless retention has deleted them."""
+        earliest = (await self._consumer.earliest_offsets(tp))[tp]
+        if earliest <= expected:
+            _log.warning("chunk_skipped_going_back", partition=tp.partition, expected=expected, got=start)
+            await self._consumer.seek(tp, expected)
+            return False
+        self._metrics.lost_records.inc(earliest - expected)
+        _log.warning(
+            "records_lost_to_retention",
+            partition=tp.partition,
+            count=earliest - expected,
+            advice="lengthen the events topic's retention.ms or add workers",
+        )
+        return True
+
+    async def _deliver(self, number: int, closed: ClosedWindow) -> None:
+        """Publish a closed window and, once all of it is acknowledged, make its offsets committable."""
+        tp = TP(self._settings.events_topic, number)
+        acknowledgements = [await self._dead_letter(rejected, number) for rejected in closed.rejected]
+        batches = split(
+            closed.rows,
+            source=Source(tp.topic, self._events_topic_id, number, closed.first, closed.last),
+            window=Window(round(closed.start * 1e6), round(closed.end * 1e6)),
+            reason=closed.reason,
+            batch_size=self._settings.batch_size,
+        )
+        for batch in batches:
+            acknowledgements.append(
+                await self._send(self._settings.batches_topic, encode_batch(batch), partition=number)
+            )
+            await asyncio.sleep(0)  # a large window has hundreds of parts; let heartbeats and timers run
+        await asyncio.gather(*acknowledgements)
+        self._committable[tp] = closed.last + 1
+        self._metrics.windows.labels(closed.reason).inc()
+        self._metrics.entries.inc(closed.entries)
+        self._metrics.rows.inc(len(closed.rows))
+        self._metrics.dead_letters.inc(len(closed.rejected))
+        self._metrics.clamped_clocks.inc(closed.clamped)
+
+    async def _commit(self) -> None:
+        committable, self._committable = self._committable, {}
+        if committable:
+            await self._consumer.commit_offsets(committable)
+
+    async def _commit_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(COMMIT_INTERVAL_SECONDS)
+            if not self.app.rebalancing:
+                await self._commit()
+            self._metrics.show_open_pairs(self.table.open_pairs())
+
+    async def _on_revoked(self, _app: faust.App, revoked: set[TP], **_: Any) -> None:
+        """Bring everything out before another worker reads on; all partitions go, as Faust's protocol is eager."""
+        await self._finish("revoked")
+
+    async def _on_shutdown(self, _app: faust.App, **_: Any) -> None:
+        await self._finish("shutdown")
+
+    async def _finish(self, reason: Any) -> None:
+        partitions, self._partitions = self._partitions, {}
+        try:
+            async with asyncio.timeout(SHUTDOWN_SECONDS):
+                if self._failure is None:
+                    await asyncio.gather(*(partition.finish(reason) for partition in partitions.values()))
+                await self._commit()
+        except TimeoutError:
+            _log.warning("windows_left_unpublished", reason=reason, advice="they will be read again from Kafka")
+        finally:
+            for partition in partitions.values():
+                await partition.abandon()
+            self._committable.clear()
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self._stop.set()
+
+    @property
+    def _consumer(self) -> ChunkConsumer:
+        consumer: ChunkConsumer = self.app.consumer
+        return consumer
+
+
+def _new_app(settings: Settings) -> ChunkApp:
+    if streams._CStreamIterator is None:
+        raise ConfigError("Faust runs without its compiled parts and would skip events: unset NO_CYTHON, reinstall")
+    session = settings.session_timeout_seconds
+    return ChunkApp(
+        settings.worker_group,
+        broker=";".join(f"kafka://{server.strip()}" for server in settings.kafka_bootstrap_servers.split(",")),
+        Table=LatestTable,
+        TableManager=LatestTables,
+        store="memory://",
+        autodiscover=False,
+        web_enabled=False,
+        topic_allow_declare=False,
+        topic_disable_leader=True,
+        table_standby_replicas=0,
+        agent_supervisor=mode.CrashingSupervisor,
+        cython_optimizations=True,
+        stream_wait_empty=False,
+        stream_buffer_maxsize=_STREAM_BUFFER_CHUNKS,
+        consumer_auto_offset_reset="earliest",
+        consumer_max_fetch_size=_FETCH_BYTES,
+        broker_max_poll_records=16,
+        broker_max_poll_interval=_YEAR_SECONDS,  # a worker without partitions, or held up by Kafka, stays in the group
+        broker_session_timeout=session,
+        broker_heartbeat_interval=session / 3,
+        broker_request_timeout=max(40.0, session),
+        broker_rebalance_timeout=60.0,
+        worker_redirect_stdouts=False,
+    )

@@ -1,0 +1,8 @@
+-- Purpose: lock how far partitions were applied, making rows at 0 where there are none, and read it.
+-- $1 text[] topic ids, $2 int[] partitions, $3 text[] topic names; equally long, sorted by topic id.
+-- Locks: the rows, until the transaction ends: another sink with the same partition waits here.
+insert into agent_metadata_progress as held (topic_id, partition, topic, next_offset)
+select topic_id, partition, topic, 0
+from unnest($1::text[], $2::int[], $3::text[]) as given (topic_id, partition, topic)
+on conflict (topic_id, partition) do update set topic = excluded.topic
+returning topic_id, partition, next_offset

@@ -1,0 +1,22 @@
+-- Purpose: give existing rows their newer values; count the rows that changed and name their agents.
+-- Guard: a row never goes backwards; on equal times the new value wins; a row that would stay as it is is not written.
+-- $1 uuid[] agent ids, $2 text[] keys, $3 text[] values, $4 text[] errors, $5 bigint[] collected_at in microseconds
+--    since the Unix epoch; equally long, each (agent, key) once, sorted by it.
+-- Locks: the rows it changes, in the order given.
+-- Plan: nested loop over the primary key, held by sql/pin_plan.sql; a hash join would read the whole table.
+with changed as (
+    update workspace_agent_metadata as held
+    set value = new.value, error = new.error, collected_at = new.collected_at
+    from (
+        select agent_id, key, value, error, timestamptz 'epoch' + us * interval '1 microsecond' as collected_at
+        from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bigint[])
+            as given (agent_id, key, value, error, us)
+    ) as new
+    where held.workspace_agent_id = new.agent_id
+        and held.key = new.key
+        and held.collected_at <= new.collected_at
+        and (held.value, held.error, held.collected_at) is distinct from (new.value, new.error, new.collected_at)
+    returning held.workspace_agent_id
+)
+select count(*) as rows, array_agg(distinct workspace_agent_id) as agent_ids
+from changed

@@ -1,0 +1,242 @@
+"""The store against a real Postgres: guard, exact-once progress, bisecting, NOTIFY."""
+
+import asyncio
+import uuid
+from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest
+
+from pipeline.agent_ids import MAX_IDS_PER_PAYLOAD, NOTIFY_CHANNEL, decode_agent_ids
+from pipeline.batch import Batch, Row, Source, Window
+from pipeline.errors import ConfigError, ProgressGap, SchemaMismatch, ServiceUnavailable
+from pipeline.migrations import migrate
+from pipeline.store import PartitionId, Received, Store, translated_errors
+
+pytestmark = pytest.mark.services
+
+T0_US = 1_704_067_200_000_000
+BATCHES = PartitionId("batches-id", 0, "batches")
+A1, A2 = (str(uuid.UUID(int=number)) for number in (1, 2))
+
+
+def batch(*rows, first=0, last=None, part=1, parts=1, events_id="events-id"):
+    source = Source("events", events_id, 0, first, first if last is None else last)
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return Batch(source, Window(0, 1), "scheduled", part, parts, *columns)
+
+
+def row(agent_id=A1, key="k", value="v", error="", at=0):
+    return Row(agent_id, key, value, error, T0_US + at)
+
+
+async def refuse_nothing(row, error):
+    raise AssertionError(f"{row} was rejected: {error}")
+
+
+@pytest.fixture
+async def connection(database_url):
+    connection = await asyncpg.connect(database_url)
+    await migrate(connection)
+    yield connection
+    await connection.close()
+
+
+@asynccontextmanager
+async def opened(database_url, **options):
+    store = await Store.connect(database_url, connections=2, **{"undeclared": "insert", "notify": True, **options})
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@pytest.fixture
+async def store(connection, database_url):
+    async with opened(database_url) as store:
+        yield store
+
+
+async def apply(store, *numbered, target=BATCHES, reject=refuse_nothing, earliest=0):
+    received = [Received(offset, batch) for offset, batch in numbered]
+    return await store.apply(target, received, reject, earliest=earliest)
+
+
+async def table(connection):
+    rows = await connection.fetch("select workspace_agent_id, key, value, error, collected_at from workspace_agent_metadata")
+    return {(str(row[0]), row[1]): (row[2], row[3], round(row[4].timestamp() * 1e6) - T0_US) for row in rows}
+
+
+async def test_apply_writes_rows_and_progress_together(store, connection):
+    applied = await apply(store, (0, batch(row(), row(A2, value="w", error="e", at=7), first=5, last=9)))
+    assert await table(connection) == {(A1, "k"): ("v", "", 0), (A2, "k"): ("w", "e", 7)}
+    assert (applied.rows, {str(agent) for agent in applied.agent_ids}) == (2, {A1, A2})
+    progress = await connection.fetch("select topic_id, partition, next_offset from agent_metadata_progress")
+    assert {tuple(row) for row in progress} == {("batches-id", 0, 1), ("events-id", 0, 10)}
+    assert await store.next_offsets("batches-id", [0, 1]) == {0: 1}
+
+
+async def test_apply_older_value_never_moves_a_row_back(store, connection):
+    await apply(store, (0, batch(row(value="new", at=2), first=0)))
+    applied = await apply(store, (1, batch(row(value="old", at=1), first=1)))
+    assert await table(connection) == {(A1, "k"): ("new", "", 2)}
+    assert (applied.rows, applied.agent_ids, applied.payloads) == (0, set(), 0)
+
+
+async def test_apply_on_equal_times_the_later_arrival_wins(store, connection):
+    await apply(store, (0, batch(row(value="first"), first=0)))
+    await apply(store, (1, batch(row(value="second"), first=1)))
+    assert await table(connection) == {(A1, "k"): ("second", "", 0)}
+
+
+async def test_apply_merges_waiting_batches_into_one_row(store, connection):
+    applied = await apply(store, *((n, batch(row(value=f"v{n}", at=n), first=n)) for n in range(5)))
+    assert await table(connection) == {(A1, "k"): ("v4", "", 4)}
+    assert (len(applied.batches), applied.rows) == (5, 1)
+
+
+async def test_apply_same_record_again_changes_nothing(store, connection):
+    await apply(store, (0, batch(row(value="first"), first=0)))
+    await apply(store, (1, batch(row(value="second"), first=1)))
+    applied = await apply(store, (0, batch(row(value="first"), first=0)))
+    assert await table(connection) == {(A1, "k"): ("second", "", 0)}
+    assert (applied.batches, applied.rows) == ([], 0)
+
+
+async def test_apply_zombie_workers_late_batch_changes_nothing(store, connection):
+    await apply(store, (0, batch(row(value="heir"), first=0, last=9)))
+    applied = await apply(store, (1, batch(row(value="zombie"), first=0, last=7)))
+    assert await table(connection) == {(A1, "k"): ("heir", "", 0)}
+    assert applied.skipped == 1
+
+
+async def test_apply_range_counts_with_its_last_part_only(store, connection):
+    await apply(store, (0, batch(row(key="a"), first=0, last=9, part=1, parts=2)))
+    applied = await apply(
+        store,
+        (1, batch(row(key="a"), first=0, last=9, part=1, parts=2)),
+        (2, batch(row(key="b"), first=0, last=9, part=2, parts=2)),
+    )
+    assert (len(applied.batches), applied.skipped) == (2, 0)
+    assert set(await table(connection)) == {(A1, "a"), (A1, "b")}
+
+
+async def test_apply_events_topic_made_anew_is_not_skipped(store, connection):
+    await apply(store, (0, batch(row(value="old"), first=0, last=900)))
+    applied = await apply(store, (1, batch(row(value="new", at=1), first=0, last=3, events_id="events-id-2")))
+    assert applied.skipped == 0
+    assert await table(connection) == {(A1, "k"): ("new", "", 1)}
+
+
+async def test_apply_batches_topic_made_anew_begins_at_0(store, connection):
+    await apply(store, (0, batch(row(value="old"), first=0)), (1, batch(row(value="old"), first=1)))
+    await apply(store, (0, batch(row(value="new", at=1), first=2)), target=BATCHES._replace(topic_id="anew"))
+    assert await table(connection) == {(A1, "k"): ("new", "", 1)}
+
+
+async def test_apply_records_after_a_gap_are_refused_until_the_gap_is_explained(store, connection):
+    await apply(store, (0, batch(row(), first=0)))
+    late = (5, batch(row(value="late", at=1), first=9))
+    with pytest.raises(ProgressGap, match="next offset to apply is 1"):
+        await apply(store, late)
+    assert await table(connection) == {(A1, "k"): ("v", "", 0)}
+    assert (await apply(store, late, earliest=5)).lost == 4
+    assert await table(connection) == {(A1, "k"): ("late", "", 1)}
+
+
+async def test_apply_dead_lettered_record_moves_progress(store):
+    await apply(store, (0, None), (1, batch(row())))
+    assert await store.next_offsets("batches-id", [0]) == {0: 2}
+
+
+async def test_apply_two_sinks_with_one_partition_apply_each_batch_once(database_url, connection):
+    async with opened(database_url) as one, opened(database_url) as other:
+        numbered = [(n, batch(row(value=f"v{n}", at=n), first=n)) for n in range(20)]
+        results = await asyncio.gather(*(apply(store, *numbered) for store in (one, other) * 4))
+    assert sum(len(applied.batches) for applied in results) == 20
+    assert sum(applied.rows for applied in results) == 1
+
+
+async def test_apply_unchanged_row_is_not_written_and_not_notified(store):
+    await apply(store, (0, batch(row(), first=0)))
+    applied = await apply(store, (1, batch(row(), first=1)))
+    assert (applied.rows, applied.payloads) == (0, 0)
+
+
+async def test_apply_ignoring_undeclared_pairs_updates_declared_rows_only(database_url, connection):
+    await connection.execute(
+        "insert into workspace_agent_metadata (workspace_agent_id, key, display_name) values ($1, 'k', 'K')", uuid.UUID(A1)
+    )
+    async with opened(database_url, undeclared="ignore") as store:
+        applied = await apply(store, (0, batch(row(), row(key="unknown"), row(A2))))
+    assert await table(connection) == {(A1, "k"): ("v", "", 0)}
+    assert {str(agent) for agent in applied.agent_ids} == {A1}
+
+
+async def test_apply_notifies_changed_agents_in_payloads_of_363(store, connection, database_url):
+    payloads = []
+    listening = await asyncpg.connect(database_url)
+    await listening.add_listener(NOTIFY_CHANNEL, lambda *notification: payloads.append(notification[3]))
+    agents = [str(uuid.uuid4()) for _ in range(MAX_IDS_PER_PAYLOAD + 1)]
+    applied = await apply(store, (0, batch(*(row(agent) for agent in agents))))
+    while len(payloads) < 2:
+        await asyncio.wait_for(listening.fetchval("select 1"), 5)
+    await listening.close()
+    assert [len(payload) for payload in payloads] == [363 * 22, 22]
+    assert sorted(str(agent) for payload in payloads for agent in decode_agent_ids(payload)) == sorted(agents)
+    assert applied.payloads == 2
+
+
+async def test_apply_with_notify_off_sends_none(database_url, connection):
+    async with opened(database_url, notify=False) as store:
+        assert (await apply(store, (0, batch(row())))).payloads == 0
+
+
+async def test_apply_row_that_postgres_refuses_costs_itself_alone(store, connection):
+    await connection.execute("alter table workspace_agent_metadata add check (value <> 'poison')")
+    rows = [row(key=f"k{n:04}", value="poison" if n in (17, 1500) else "fine") for n in range(2000)]
+    rejected = []
+
+    async def reject(row, error):
+        rejected.append((row.key, error.sqlstate))
+
+    applied = await apply(store, (0, batch(*rows)), reject=reject)
+    assert rejected == [("k0017", "23514"), ("k1500", "23514")]
+    assert (applied.rows, applied.rejected, len(await table(connection))) == (1998, 2, 1998)
+
+
+async def test_apply_failing_reject_commits_nothing(store, connection):
+    await connection.execute("alter table workspace_agent_metadata add check (value <> 'poison')")
+
+    async def reject(row, error):
+        raise ServiceUnavailable("the dead-letter topic is away")
+
+    with pytest.raises(ServiceUnavailable):
+        await apply(store, (0, batch(row(), row(key="p", value="poison"))), reject=reject)
+    assert await table(connection) == {}
+    assert await store.next_offsets("batches-id", [0]) == {}
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "error"),
+    [
+        ("57P01", ServiceUnavailable),  # shutdown
+        ("53300", ServiceUnavailable),  # too many connections
+        ("53100", ServiceUnavailable),  # disk full
+        ("40P01", ServiceUnavailable),  # deadlock
+        ("55P03", ServiceUnavailable),  # lock not available
+        ("25006", ServiceUnavailable),  # read-only
+        ("XX000", ServiceUnavailable),  # internal error
+        ("42P01", SchemaMismatch),  # no such table
+        ("42501", ConfigError),  # no rights
+    ],
+)
+async def test_errors_are_told_apart_by_sqlstate(connection, sqlstate, error):
+    with pytest.raises(error, match=sqlstate):
+        async with translated_errors("testing"):
+            await connection.execute(f"do $$ begin raise exception 'said' using errcode = '{sqlstate}'; end $$")
+
+
+async def test_connect_to_nothing_is_unavailable():
+    with pytest.raises(ServiceUnavailable, match="did not answer while connecting"):
+        await Store.connect("postgresql://127.0.0.1:1/none", connections=1, undeclared="insert", notify=True)

@@ -1,0 +1,42 @@
+"""The bulk write keeps its plan: a nested loop over the primary key, however many rows a statement has."""
+
+import json
+import uuid
+
+import asyncpg
+import pytest
+
+from pipeline.migrations import migrate
+from pipeline.store import statement
+
+pytestmark = pytest.mark.services
+
+
+def nodes(plan):
+    yield plan["Node Type"], plan.get("Index Name")
+    for child in plan.get("Plans", ()):
+        yield from nodes(child)
+
+
+@pytest.mark.parametrize("is_analyzed", [False, True])
+@pytest.mark.parametrize("rows_per_statement", [1, 1000, 5000])
+async def test_update_uses_the_primary_key_only(database_url, rows_per_statement, is_analyzed):
+    connection = await asyncpg.connect(database_url)
+    await migrate(connection)
+    await connection.execute(
+        "insert into workspace_agent_metadata (workspace_agent_id, key) "
+        "select md5(n::text)::uuid, 'k' || m from generate_series(1, 2000) n, generate_series(1, 10) m"
+    )
+    if is_analyzed:
+        await connection.execute("analyze workspace_agent_metadata")
+    agents = [uuid.uuid4() for _ in range(rows_per_statement)]
+    texts = ["k"] * rows_per_statement
+    async with connection.transaction():
+        await connection.execute(statement("pin_plan"))
+        explained = await connection.fetchval(
+            "explain (format json) " + statement("update_rows"), agents, texts, texts, texts, [0] * rows_per_statement
+        )
+    await connection.close()
+    plan = dict(nodes(json.loads(explained)[0]["Plan"]))
+    assert plan.get("Index Scan") == "workspace_agent_metadata_pkey"
+    assert not {"Hash Join", "Merge Join", "Seq Scan"} & set(plan)
