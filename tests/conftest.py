@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import NoReturn, cast
 from urllib.parse import urlsplit
 
@@ -12,7 +13,7 @@ import asyncpg
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.local import LocalServices, ServicesKind, docker_answers, start_services
+from pipeline.local import LocalServices, ServicesKind, docker_answers, kafka_classpath, start_services
 
 SERVICES = pytest.StashKey[LocalServices]()
 
@@ -50,6 +51,15 @@ def services(pytestconfig: pytest.Config) -> Iterator[LocalServices]:
         if not started.is_real_kafka:
             unavailable(f"no real Kafka: {'; '.join(said)}", required_by="PIPELINE_REQUIRE_SERVICES")
         yield started
+
+
+@pytest.fixture(scope="session")
+def kafka_jars() -> list[Path]:
+    """What a test needs to run brokers of its own: PackagedKafka(kafka_jars)."""
+    try:
+        return kafka_classpath(print)
+    except PipelineError as error:
+        unavailable(str(error), required_by="PIPELINE_REQUIRE_SERVICES")
 
 
 @pytest.fixture(scope="session")

@@ -18,19 +18,15 @@ from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Consumer, Message, Produc
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from pipeline.errors import ConfigError, ServiceUnavailable
-from pipeline.local import MockBroker, PackagedKafka, PackagedPostgres, kafka_classpath, start_services
+from pipeline.local import MockBroker, PackagedKafka, PackagedPostgres, start_services
+from pipeline.local.folder import remove_orphans
 
 pytestmark = pytest.mark.services
 
 
 @pytest.fixture(scope="module")
-def classpath() -> list[Path]:
-    return kafka_classpath(print)
-
-
-@pytest.fixture(scope="module")
-def kafka(classpath: list[Path]) -> Iterator[PackagedKafka]:
-    with PackagedKafka(classpath) as node:
+def kafka(kafka_jars: list[Path]) -> Iterator[PackagedKafka]:
+    with PackagedKafka(kafka_jars) as node:
         yield node
 
 
@@ -94,9 +90,9 @@ def test_packaged_kafka_restarted_by_a_thread_outlives_that_thread(kafka: Packag
     assert AdminClient({"bootstrap.servers": kafka.bootstrap_servers}).list_topics(timeout=30).brokers
 
 
-def test_packaged_kafka_wrong_setting_says_what_kafka_said(classpath: list[Path]) -> None:
+def test_packaged_kafka_wrong_setting_says_what_kafka_said(kafka_jars: list[Path]) -> None:
     with pytest.raises(ServiceUnavailable, match=r"Invalid value many for configuration num\.partitions"):
-        PackagedKafka(classpath, settings={"num.partitions": "many"}).__enter__()
+        PackagedKafka(kafka_jars, settings={"num.partitions": "many"}).__enter__()
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -180,25 +176,31 @@ import sys
 from pipeline.local import MockBroker, PackagedKafka, PackagedPostgres, kafka_classpath
 with PackagedKafka(kafka_classpath(lambda line: None)) as kafka, PackagedPostgres() as postgres:
     with MockBroker() as mock:
-        print(kafka.pid, postgres.pid, mock.pid, flush=True)
+        print(kafka.pid, postgres.pid, mock.pid, kafka.data_dir.parent, postgres.log_path.parent, flush=True)
         sys.stdin.read()
 """
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
-def test_owner_ended_by_a_signal_leaves_no_child(by: signal.Signals) -> None:
+@pytest.mark.usefixtures("kafka_jars")
+def test_owner_ended_by_a_signal_leaves_no_process_and_no_folder(by: signal.Signals) -> None:
     command = [sys.executable, "-c", OWNER]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as owner:
         assert owner.stdout is not None
-        children = [os.pidfd_open(int(pid)) for pid in owner.stdout.readline().split()]
+        *pids, kafka_folder, postgres_folder = owner.stdout.readline().split()
+        children = [os.pidfd_open(int(pid)) for pid in pids]
         assert len(children) == 3
 
         owner.send_signal(by)
 
         for child in children:
             assert has_ended(child, within_seconds=30)
+
+    remove_orphans()  # as the next one started does; only kill -9 leaves it anything to do
+    assert not Path(kafka_folder).exists()
+    assert not Path(postgres_folder).exists()
 
 
 def has_ended(pidfd: int, *, within_seconds: float) -> bool:
