@@ -112,9 +112,7 @@ def start_services(
         ServiceUnavailable: something did not come up, or does not answer.
     """
     if kind is not None and kind not in get_args(ServicesKind):
-        raise ConfigError(
-            f"there are no services of kind {kind!r}: choose one of {', '.join(get_args(ServicesKind))}"
-        )
+        raise ConfigError(f"there are no services of kind {kind!r}: choose one of {', '.join(get_args(ServicesKind))}")
     with ExitStack() as stack:
         # Postgres first: it is ready in under a second, so a wrong DATABASE_URL shows before a long download.
         database = _find_postgres(kind, prefer_docker, stack, say) if postgres else _NOT_STARTED
@@ -129,9 +127,7 @@ def start_services(
         )
 
 
-def _find_kafka(
-    kind: ServicesKind | None, prefer_docker: bool, stack: ExitStack, say: Say
-) -> tuple[_Service, bool]:
+def _find_kafka(kind: ServicesKind | None, prefer_docker: bool, stack: ExitStack, say: Say) -> tuple[_Service, bool]:
     """Return Kafka and whether it is a real one."""
     match kind:
         case "env":
@@ -243,9 +239,7 @@ def _embedded_kafka(stack: ExitStack, say: Say) -> _Service:
 def _without_secrets(url: str) -> str:
     """Return host, port and database of a URL, with no user, password or other parameters."""
     parts = urlsplit(url)
-    hosts = parts.netloc.rpartition("@")[2] or ",".join(
-        parse_qs(parts.query).get("host", ["the default host"])
-    )
+    hosts = parts.netloc.rpartition("@")[2] or ",".join(parse_qs(parts.query).get("host", ["the default host"]))
     return f"{hosts}{parts.path}"
 
 

@@ -39,9 +39,7 @@ def create_topic(servers: str, topic: str) -> None:
 def produce(servers: str, topic: str, value: bytes) -> None:
     acked: list[Message] = []
     producer = Producer({"bootstrap.servers": servers, "enable.idempotence": True})
-    producer.produce(
-        topic, value, partition=0, timestamp=1, on_delivery=lambda error, record: acked.append(record)
-    )
+    producer.produce(topic, value, partition=0, timestamp=1, on_delivery=lambda error, record: acked.append(record))
     assert producer.flush(30) == 0
     assert [record.error() for record in acked] == [None]
 
