@@ -1,4 +1,4 @@
-"""What the benchmarks share: services, topics full of reports, runs in turn, ratios of medians, a table and a JSON file."""
+"""What the benchmarks share: topics full of reports, runs in turn, ratios of medians, a table and a JSON file."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class SourcePartition:
         for task in self._tasks:
             task.add_done_callback(self._report_failure)
 
-    async def take(self, records: Sequence[Record], next_offset: int) -> None:
+    async def take(self, records: Sequence[Record]) -> None:
         """Fold consecutive records; waits while too many closed windows are not yet safe."""
         index = 0
         while index < len(records) and not self._is_ending:
@@ -69,7 +69,6 @@ class SourcePartition:
             if self._windows.is_full(self.number):
                 self._end = self._windows.next_end(self.number, self._clock.now(), self._clock.now())
                 await self._close("capacity")
-        self.next_offset = next_offset
 
     async def finish(self, reason: Reason) -> None:
         """Take no more records, close the open window, and return when everything is delivered."""

@@ -29,7 +29,7 @@ from pipeline.sink import Sink
 from pipeline.store import CONNECT_TIMEOUT_SECONDS, PartitionId, Received, Store, read_rows, translated_errors
 from pipeline.topic_admin import TopicFacts, load_topic_specs, require_topics
 from pipeline.window import Rejected
-from pipeline.worker import SHUTDOWN_SECONDS, Worker
+from pipeline.worker import SHUTDOWN_SECONDS, Worker, tune_garbage_collector
 
 # How long a start waits for Kafka or Postgres before it says that they can't be reached.
 START_TIMEOUT_SECONDS: Final = 10.0
@@ -74,6 +74,7 @@ async def run_worker(settings: Settings) -> None:
     )
     _serve_metrics(settings, registry)
     _on_stop_signals(worker.stop)
+    tune_garbage_collector()
     _log.info("worker_started", group=settings.worker_group, topic=settings.events_topic)
     try:
         await worker.run()

@@ -63,7 +63,9 @@ async def apply(store, *numbered, target=BATCHES, reject=refuse_nothing, earlies
 
 
 async def table(connection):
-    rows = await connection.fetch("select workspace_agent_id, key, value, error, collected_at from workspace_agent_metadata")
+    rows = await connection.fetch(
+        "select workspace_agent_id, key, value, error, collected_at from workspace_agent_metadata"
+    )
     return {(str(row[0]), row[1]): (row[2], row[3], round(row[4].timestamp() * 1e6) - T0_US) for row in rows}
 
 
@@ -165,7 +167,8 @@ async def test_apply_unchanged_row_is_not_written_and_not_notified(store):
 
 async def test_apply_ignoring_undeclared_pairs_updates_declared_rows_only(database_url, connection):
     await connection.execute(
-        "insert into workspace_agent_metadata (workspace_agent_id, key, display_name) values ($1, 'k', 'K')", uuid.UUID(A1)
+        "insert into workspace_agent_metadata (workspace_agent_id, key, display_name) values ($1, 'k', 'K')",
+        uuid.UUID(A1),
     )
     async with opened(database_url, undeclared="ignore") as store:
         applied = await apply(store, (0, batch(row(), row(key="unknown"), row(A2))))
