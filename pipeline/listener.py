@@ -97,7 +97,9 @@ class MetadataListener:
             yield change
         while True:
             try:
-                await asyncio.wait_for(self._wake.wait(), _KEEPALIVE_SECONDS)
+                # Not wait_for: Python 3.11's loses a cancellation that comes together with the event.
+                async with asyncio.timeout(_KEEPALIVE_SECONDS):
+                    await self._wake.wait()
             except TimeoutError:
                 await self._read(connection, [], {})
             if self._is_cut:
