@@ -20,6 +20,8 @@ _FIRST_BACKOFF_SECONDS: Final = 0.1
 _LONGEST_BACKOFF_SECONDS: Final = 5.0
 # A connection that is cut without a word (a firewall, a pulled cable) is noticed by asking it something.
 _KEEPALIVE_SECONDS: Final = 15.0
+# Without a limit of ours the kernel would repeat what it sends for a quarter of an hour before it says so.
+_ANSWER_SECONDS: Final = 30.0
 
 _log = structlog.get_logger(__name__)
 
@@ -86,7 +88,8 @@ class MetadataListener:
         self._notified.clear()
         connection.add_termination_listener(self._on_cut)
         try:
-            await connection.add_listener(NOTIFY_CHANNEL, self._on_notify)
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                await connection.add_listener(NOTIFY_CHANNEL, self._on_notify)
         except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
             connection.terminate()
             raise ServiceUnavailable(f"LISTEN failed: {error}") from error
@@ -113,7 +116,11 @@ class MetadataListener:
     async def _read(
         self, connection: Any, agent_ids: Iterable[uuid.UUID] | None, notified: dict[uuid.UUID, float]
     ) -> list[Change]:
-        rows = await self._read_rows(connection, None if agent_ids is None else list(agent_ids))
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                rows = await self._read_rows(connection, None if agent_ids is None else list(agent_ids))
+        except TimeoutError:
+            raise ServiceUnavailable(f"Postgres did not answer for {_ANSWER_SECONDS:.0f} s") from None
         changes = []
         for row in rows:
             agent_id, key, value, error, collected_at = row
