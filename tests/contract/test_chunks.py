@@ -187,7 +187,7 @@ def test_response_cut_within_a_batch_ends_before_it():
 def test_batch_with_a_broken_crc_is_refused():
     broken = bytearray(record_batch(3, 3))
     broken[CRC_BYTE] ^= 1
-    with pytest.raises(CorruptRecordException, match="events.*CRC"):
+    with pytest.raises(CorruptRecordException, match=r"events.*CRC"):
         chunked(record_batch(0, 3), bytes(broken))
 
 

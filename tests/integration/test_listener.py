@@ -1,0 +1,308 @@
+"""The listener against a real Postgres: snapshot, changes, and what was missed while the connection was away."""
+
+import asyncio
+import time
+import uuid
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+from structlog.testing import capture_logs
+
+import pipeline.listener
+from pipeline.agent_ids import NOTIFY_CHANNEL, encode_agent_id
+from pipeline.errors import ConfigError, ServiceUnavailable
+from pipeline.listener import MetadataListener
+from pipeline.local import PackagedPostgres
+from pipeline.migrations import migrate
+from pipeline.roles import connect, listener
+from pipeline.settings import load_settings
+from pipeline.store import read_rows
+
+pytestmark = pytest.mark.services
+
+T0 = datetime(2024, 1, 1, tzinfo=UTC)
+A1, A2, A3 = (uuid.UUID(int=number) for number in (1, 2, 3))
+
+
+class Heard:
+    """What a listener says, one change after the other."""
+
+    def __init__(self, listener):
+        self._changes = asyncio.Queue()
+        self.task = asyncio.create_task(self._listen(listener))
+
+    async def _listen(self, listener):
+        async for change in listener.changes():
+            self._changes.put_nowait(change)
+
+    async def next(self):
+        """Return the next change; raise what ended the listener."""
+        getting = asyncio.create_task(self._changes.get())
+        await asyncio.wait([getting, self.task], timeout=30, return_when=asyncio.FIRST_COMPLETED)
+        if not getting.done():
+            getting.cancel()
+            if self.task.done():
+                self.task.result()
+            raise AssertionError("the listener said nothing")
+        return getting.result()
+
+    async def values(self, count):
+        changes = [await self.next() for _ in range(count)]
+        return [(change.agent_id, change.key, change.value) for change in changes]
+
+
+@asynccontextmanager
+async def hearing(listener):
+    heard = Heard(listener)
+    try:
+        yield heard
+    finally:
+        heard.task.cancel()
+        await asyncio.wait([heard.task], timeout=30)
+        assert heard.task.done(), "the listener does not end when it is cancelled"
+
+
+class Gate:
+    """A connect function that tells of failures, and lets nobody through while it is closed."""
+
+    def __init__(self, database_url):
+        self._settings = load_settings(database_url=database_url)
+        self.open = asyncio.Event()
+        self.open.set()
+        self.failed = asyncio.Event()
+
+    async def __call__(self):
+        await self.open.wait()
+        try:
+            return await connect(self._settings)
+        except ServiceUnavailable:
+            self.failed.set()
+            raise
+
+
+@pytest.fixture
+async def connection(database_url):
+    connection = await asyncpg.connect(database_url)
+    await migrate(connection)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def settings(database_url):
+    return load_settings(database_url=database_url)
+
+
+async def write(connection, agent_id, value, *, key="k", error="", at=0):
+    await connection.execute(
+        "insert into workspace_agent_metadata (workspace_agent_id, key, value, error, collected_at) "
+        "values ($1, $2, $3, $4, $5) on conflict (workspace_agent_id, key) do update "
+        "set value = excluded.value, error = excluded.error, collected_at = excluded.collected_at",
+        *(agent_id, key, value, error, T0 + timedelta(seconds=at)),
+    )
+
+
+async def notify(connection, *agent_ids):
+    payload = "".join(map(encode_agent_id, agent_ids))
+    await connection.execute("select pg_notify($1, $2)", NOTIFY_CHANNEL, payload)
+
+
+async def change(connection, agent_id, value, **options):
+    async with connection.transaction():
+        await write(connection, agent_id, value, **options)
+        await notify(connection, agent_id)
+
+
+async def cut_others(connection):
+    """End all other connections to this database, and return when they are gone."""
+    others = "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+    assert await connection.fetchval(f"select bool_and(pg_terminate_backend(pid, 10000)) {others}")
+
+
+async def test_changes_begin_with_a_snapshot(connection, settings):
+    await write(connection, A1, "one", key="a", error="late", at=3)
+    await write(connection, A2, "two", key="b")
+    async with hearing(listener(settings, None)) as heard:
+        assert [tuple(await heard.next()) for _ in range(2)] == [
+            (A1, "a", "one", "late", T0 + timedelta(seconds=3), None),
+            (A2, "b", "two", "", T0, None),
+        ]
+
+
+async def test_change_arrives_with_the_time_of_its_notify(connection, settings):
+    await write(connection, A1, "old")
+    async with hearing(listener(settings, None)) as heard:
+        await heard.next()
+        before = time.time()
+        await change(connection, A1, "new", error="e", at=1)
+        arrived = await heard.next()
+    assert arrived[:5] == (A1, "k", "new", "e", T0 + timedelta(seconds=1))
+    assert before <= arrived.notified_at <= time.time()
+
+
+async def test_snapshot_of_watched_agents_leaves_others_out(connection, settings):
+    for agent_id in (A1, A2, A3):
+        await write(connection, agent_id, "v")
+    async with hearing(listener(settings, [A1, A3])) as heard:
+        assert await heard.values(2) == [(A1, "k", "v"), (A3, "k", "v")]
+
+
+async def test_change_of_an_agent_that_is_not_watched_is_not_heard(connection, settings):
+    await write(connection, A1, "old")
+    async with hearing(listener(settings, [A1])) as heard:
+        await heard.next()
+        await change(connection, A2, "unwatched")
+        await change(connection, A1, "watched")
+        assert await heard.values(1) == [(A1, "k", "watched")]
+
+
+async def test_row_that_did_not_change_is_not_repeated(connection, settings):
+    await write(connection, A1, "same")
+    await write(connection, A1, "old", key="other")
+    async with hearing(listener(settings, None)) as heard:
+        await heard.values(2)
+        await notify(connection, A1)
+        await change(connection, A1, "new", key="other")
+        assert await heard.values(1) == [(A1, "other", "new")]
+
+
+async def test_row_with_a_new_time_only_is_a_change(connection, settings):
+    await write(connection, A1, "same")
+    async with hearing(listener(settings, None)) as heard:
+        await heard.next()
+        await change(connection, A1, "same", at=1)
+        assert (await heard.next()).collected_at == T0 + timedelta(seconds=1)
+
+
+async def test_payload_of_garbage_is_ignored_and_the_next_one_heard(connection, settings):
+    await write(connection, A1, "old")
+    with capture_logs() as logs:
+        async with hearing(listener(settings, None)) as heard:
+            await heard.next()
+            for garbage in ("x", "!" * 22, "ä" * 22, ""):
+                await connection.execute("select pg_notify($1, $2)", NOTIFY_CHANNEL, garbage)
+            await change(connection, A1, "new")
+            assert await heard.values(1) == [(A1, "k", "new")]
+    assert [entry["event"] for entry in logs] == ["notify_ignored"] * 3
+
+
+async def test_listener_catches_up_with_what_changed_while_it_was_cut_off(connection, database_url):
+    await write(connection, A1, "old")
+    await write(connection, A2, "same")
+    gate = Gate(database_url)
+    async with hearing(MetadataListener(gate, read_rows)) as heard:
+        await heard.values(2)
+        gate.open.clear()
+        await cut_others(connection)
+        await change(connection, A1, "missed", at=1)
+        gate.open.set()
+        caught_up = await heard.next()
+        assert (caught_up.agent_id, caught_up.value, caught_up.notified_at) == (A1, "missed", None)
+        await change(connection, A2, "live")
+        assert await heard.values(1) == [(A2, "k", "live")]
+
+
+async def test_listener_cut_again_and_again_ends_with_every_last_value(connection, settings):
+    await write(connection, A1, "0")
+    async with hearing(listener(settings, [A1])) as heard:
+        for number in range(1, 6):
+            await heard.next()
+            await cut_others(connection)
+            await change(connection, A1, str(number), at=number)
+        assert await heard.values(1) == [(A1, "k", "5")]
+
+
+@asynccontextmanager
+async def proxied(database_url):
+    """Yield a URL that leads to the database, and an event: once it is set, nothing comes through any more."""
+    target, dead, writers = urlsplit(database_url), asyncio.Event(), []
+
+    async def carry(reader, writer):
+        while data := await reader.read(65536):
+            if not dead.is_set():
+                writer.write(data)
+
+    async def serve(reader, writer):
+        there, back = await asyncio.open_connection(target.hostname, target.port)
+        writers.extend((writer, back))
+        with suppress(OSError):
+            await asyncio.gather(carry(reader, back), carry(there, writer))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    user = target.netloc.rpartition("@")[0]
+    try:
+        yield target._replace(netloc=f"{user}@127.0.0.1:{port}").geturl(), dead
+    finally:
+        server.close()
+        for writer in writers:
+            writer.close()
+
+
+async def test_connection_that_falls_silent_is_given_up_and_made_anew(connection, database_url, monkeypatch):
+    monkeypatch.setattr(pipeline.listener, "_KEEPALIVE_SECONDS", 0.1)
+    monkeypatch.setattr(pipeline.listener, "_ANSWER_SECONDS", 0.5)
+    await write(connection, A1, "old")
+    async with proxied(database_url) as (proxy_url, dead):
+        urls = [proxy_url]
+
+        async def connect_once_through_the_proxy():
+            return await connect(load_settings(database_url=urls.pop() if urls else database_url))
+
+        async with hearing(MetadataListener(connect_once_through_the_proxy, read_rows)) as heard:
+            await heard.next()
+            dead.set()
+            await change(connection, A1, "new")
+            assert await heard.values(1) == [(A1, "k", "new")]
+
+
+async def test_database_that_refuses_the_listener_ends_it(database_url):
+    elsewhere = urlsplit(database_url)._replace(path="/no_such_database").geturl()
+    async with hearing(listener(load_settings(database_url=elsewhere), None)) as heard:
+        with pytest.raises(ConfigError, match="3D000"):
+            await heard.next()
+
+
+@pytest.fixture(scope="module")
+def own_postgres():
+    """A Postgres that a test may stop."""
+    with PackagedPostgres() as server:
+        yield server
+
+
+@asynccontextmanager
+async def connected_to(server):
+    connection = await asyncpg.connect(server.database_url)
+    try:
+        await migrate(connection)
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def test_connecting_to_a_database_that_is_away_is_retried(own_postgres):
+    async with connected_to(own_postgres) as connection:
+        await write(connection, A1, "before")
+    await asyncio.to_thread(own_postgres.stop)
+    gate = Gate(own_postgres.database_url)
+    async with hearing(MetadataListener(gate, read_rows, [A1])) as heard:
+        await asyncio.wait_for(gate.failed.wait(), 30)
+        await asyncio.to_thread(own_postgres.start)
+        assert await heard.values(1) == [(A1, "k", "before")]
+
+
+async def test_listener_lives_through_a_restart_of_the_database(own_postgres):
+    async with connected_to(own_postgres) as connection:
+        await write(connection, A2, "before")
+    gate = Gate(own_postgres.database_url)
+    async with hearing(MetadataListener(gate, read_rows, [A2])) as heard:
+        await heard.next()
+        await asyncio.to_thread(own_postgres.stop)
+        await asyncio.wait_for(gate.failed.wait(), 30)
+        await asyncio.to_thread(own_postgres.start)
+        async with connected_to(own_postgres) as connection:
+            await change(connection, A2, "after", at=1)
+        assert await heard.values(1) == [(A2, "k", "after")]
