@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import structlog
-from confluent_kafka import KafkaError, Message, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from prometheus_client import CollectorRegistry
 
 from pipeline.metrics import ProducerMetrics
@@ -71,8 +71,9 @@ class MetadataProducer:
         key, or None: then the broker's time of arrival counts.
 
         Raises:
-            ValueError: lengths differ, a time is naive, a key is too long (nothing is queued), or the keys together
-                exceed 6,144 bytes: what came before that key is queued, as coder's agent API does.
+            ValueError: lengths differ, a time is naive, a key is too long, the report is too large for a record
+                (nothing is queued), or the keys together exceed 6,144 bytes: what came before that key is queued,
+                as coder's agent API does.
             RuntimeError: the producer is closed.
         """
         if self._is_closed:
@@ -107,13 +108,18 @@ class MetadataProducer:
 
     def _produce(self, report: Report) -> bool:
         self._producer.poll(0)
+        value = encode_report(report)
         try:
-            self._producer.produce(
-                self._topic, encode_report(report), report.agent_id.encode(), on_delivery=self._delivered
-            )
+            self._producer.produce(self._topic, value, report.agent_id.encode(), on_delivery=self._delivered)
         except BufferError:
             self._count_dropped(len(report.entries))
             return False
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.MSG_SIZE_TOO_LARGE:
+                raise
+            raise ValueError(
+                f"report of {len(value)} bytes is too large for a record: send fewer keys at once"
+            ) from None
         return True
 
     def _count_dropped(self, entries: int) -> None:
