@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     def _is_server_list(cls, value: str) -> str:
         for server in value.split(","):
             host, _, port = server.strip().rpartition(":")
-            if not host or not port.isdigit():
+            if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
                 raise ValueError(f"{server.strip()!r} is not host:port")
         return value
 
@@ -129,6 +129,8 @@ def load_settings(**overrides: Any) -> Settings:
 
 def _complaint(item: Any) -> str:
     name = str(item["loc"][0]) if item["loc"] else "settings"
-    variable = name if name.isupper() else PREFIX + name.upper()
+    field = Settings.model_fields.get(name)
+    variable = name if name.isupper() else str((field and field.validation_alias) or PREFIX + name.upper())
     shown = "" if "url" in name.lower() else f"={item['input']!r}"
-    return f"{variable}{shown}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    problem = item["msg"].removeprefix("Value error, ")
+    return f"{variable}{shown}: {problem[0].lower()}{problem[1:]}"
