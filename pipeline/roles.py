@@ -18,7 +18,7 @@ from pipeline.batch import Row
 from pipeline.batch_consumer import BatchConsumer
 from pipeline.clock import SystemClock
 from pipeline.dead_letter import dead_letter_headers
-from pipeline.errors import PipelineError, RowRejected, ServiceUnavailable
+from pipeline.errors import ConfigError, PipelineError, RowRejected, ServiceUnavailable
 from pipeline.listener import MetadataListener
 from pipeline.metrics import SinkMetrics, WorkerMetrics
 from pipeline.migrations import require_schema
@@ -209,9 +209,20 @@ async def connected(settings: Settings) -> AsyncIterator[Any]:
 
 
 async def connect(settings: Settings) -> Any:
-    """Open one connection to the database; the caller closes it."""
+    """Open one connection to the database; the caller closes it.
+
+    Raises:
+        ServiceUnavailable, ConfigError: it can't be reached, or refuses us, or its URL is none.
+    """
     async with translated_errors("connecting"):
-        return await asyncpg.connect(settings.database_url.get_secret_value(), timeout=CONNECT_TIMEOUT_SECONDS)
+        try:
+            return await asyncpg.connect(settings.database_url.get_secret_value(), timeout=CONNECT_TIMEOUT_SECONDS)
+        except ValueError as error:
+            # Only asyncpg's own words: Python's may quote a part of the password.
+            said = str(error) if isinstance(error, asyncpg.InterfaceError) else type(error).__name__
+            raise ConfigError(
+                f"DATABASE_URL is no URL of a Postgres (postgresql://user@host:port/database): {said}"
+            ) from None
 
 
 def listener(settings: Settings, agent_ids: Iterable[UUID] | None) -> MetadataListener:

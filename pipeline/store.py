@@ -79,7 +79,9 @@ async def translated_errors(doing: str) -> AsyncIterator[None]:
         raise _translate(error, doing) from error
     except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
         detail = str(error) or type(error).__name__
-        raise ServiceUnavailable(f"Postgres did not answer while {doing}: {detail}") from error
+        raise ServiceUnavailable(
+            f"Postgres did not answer while {doing}: {detail}; is it up, and DATABASE_URL right?"
+        ) from error
 
 
 def _translate(error: asyncpg.PostgresError, doing: str) -> PipelineError:
