@@ -212,7 +212,9 @@ class _Admin:
         return f"name:{name}" if topic_id == _NO_TOPIC_ID else topic_id
 
     def _unavailable(self, error: Exception) -> ServiceUnavailable:
-        said = self._complaint or str(error.args[0] if error.args else error)
+        self._client.poll(0)  # brings librdkafka's complaint, which says why
+        kafka_error = error.args[0] if error.args else error
+        said = self._complaint or (kafka_error.str() if isinstance(kafka_error, KafkaError) else str(kafka_error))
         return ServiceUnavailable(
             f"Kafka at {self._servers} can't be reached: {said}; is it up, and the address right?"
         )
