@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -11,6 +11,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pipeline.errors import ConfigError
 
 PREFIX = "AGENT_METADATA_"
+# Source: Kafka's org.apache.kafka.common.internals.Topic.
+_TOPIC_NAME: Final = r"^[a-zA-Z0-9._-]{1,249}$"
 
 
 class Settings(BaseSettings):
@@ -31,10 +33,14 @@ class Settings(BaseSettings):
         validation_alias="DATABASE_URL",
         description="postgresql:// URL of the database that holds workspace_agent_metadata",
     )
-    events_topic: str = Field(default="agent-metadata.events.v1", description="reports of agents")
-    batches_topic: str = Field(default="agent-metadata.batches.v1", description="closed windows, for sinks")
+    events_topic: str = Field(default="agent-metadata.events.v1", pattern=_TOPIC_NAME, description="reports of agents")
+    batches_topic: str = Field(
+        default="agent-metadata.batches.v1", pattern=_TOPIC_NAME, description="closed windows, for sinks"
+    )
     dead_letter_topic: str = Field(
-        default="agent-metadata.dead-letter.v1", description="what could not be used, with its reason"
+        default="agent-metadata.dead-letter.v1",
+        pattern=_TOPIC_NAME,
+        description="what could not be used, with its reason",
     )
     consumer_group: str = Field(
         default="agent-metadata", min_length=1, description="prefix of the groups -worker and -sink"

@@ -1,0 +1,138 @@
+"""Settings: what is wrong is named, with its value and what is allowed, and never with a password."""
+
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.settings import PREFIX, Settings, load_settings
+
+VARIABLES = {
+    name: str(field.validation_alias or PREFIX + name.upper()) for name, field in Settings.model_fields.items()
+}
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    for variable in VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+
+
+WRONG = [
+    ("KAFKA_BOOTSTRAP_SERVERS", "localhost", "not host:port"),
+    ("KAFKA_BOOTSTRAP_SERVERS", "a:9092,b", "'b' is not host:port"),
+    ("KAFKA_BOOTSTRAP_SERVERS", ":9092", "not host:port"),
+    ("KAFKA_BOOTSTRAP_SERVERS", "a:99999", "not host:port"),
+    ("KAFKA_BOOTSTRAP_SERVERS", "", "not host:port"),
+    ("AGENT_METADATA_EVENTS_TOPIC", "two words", "pattern"),
+    ("AGENT_METADATA_BATCHES_TOPIC", "", "pattern"),
+    ("AGENT_METADATA_DEAD_LETTER_TOPIC", "t" * 250, "pattern"),
+    ("AGENT_METADATA_CONSUMER_GROUP", "", "at least 1 character"),
+    ("AGENT_METADATA_PARTITIONS", "0", "greater than or equal to 1"),
+    ("AGENT_METADATA_PARTITIONS", "1025", "less than or equal to 1024"),
+    ("AGENT_METADATA_PARTITIONS", "many", "valid integer"),
+    ("AGENT_METADATA_WINDOW_SECONDS", "0.09", "greater than or equal to 0.1"),
+    ("AGENT_METADATA_WINDOW_SECONDS", "3601", "less than or equal to 3600"),
+    ("AGENT_METADATA_WINDOW_SECONDS", "nan", "equal to"),
+    ("AGENT_METADATA_BATCH_SIZE", "0", "greater than or equal to 1"),
+    ("AGENT_METADATA_BATCH_SIZE", "10001", "less than or equal to 10000"),
+    ("AGENT_METADATA_WINDOW_CAPACITY", "0", "greater than or equal to 1"),
+    ("AGENT_METADATA_WINDOW_CAPACITY", "5000001", "less than or equal to 5000000"),
+    ("AGENT_METADATA_UNDECLARED", "drop", "'insert' or 'ignore'"),
+    ("AGENT_METADATA_NOTIFY", "yes", "'on' or 'off'"),
+    ("AGENT_METADATA_UNLOGGED", "maybe", "valid boolean"),
+    ("AGENT_METADATA_MAX_CLOCK_SKEW_SECONDS", "-1", "greater than or equal to 0"),
+    ("AGENT_METADATA_MAX_CLOCK_SKEW_SECONDS", "inf", "less than or equal to 86400"),
+    ("AGENT_METADATA_SESSION_TIMEOUT_SECONDS", "0.5", "greater than or equal to 1"),
+    ("AGENT_METADATA_SESSION_TIMEOUT_SECONDS", "301", "less than or equal to 300"),
+    ("AGENT_METADATA_METRICS_PORT", "-1", "greater than or equal to 0"),
+    ("AGENT_METADATA_METRICS_PORT", "65536", "less than or equal to 65535"),
+    ("AGENT_METADATA_LOG_FORMAT", "xml", "'console' or 'json'"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "allowed"), WRONG)
+def test_wrong_variable_is_named_with_its_value_and_what_is_allowed(monkeypatch, variable, value, allowed):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as raised:
+        load_settings()
+    message = str(raised.value)
+    assert message.startswith(f"{variable}={value!r}: ")
+    assert allowed in message
+    assert "\n" not in message
+
+
+def test_wrong_variables_cover_every_setting():
+    assert {variable for variable, *_ in WRONG} | {"DATABASE_URL"} == set(VARIABLES.values())
+
+
+@pytest.mark.parametrize("name", sorted(VARIABLES))
+def test_wrong_override_is_named_as_its_variable(name):
+    with pytest.raises(ConfigError) as raised:
+        load_settings(**{name: object()})
+    assert str(raised.value).startswith(VARIABLES[name])
+
+
+def test_wrong_settings_are_all_named_at_once(monkeypatch):
+    monkeypatch.setenv("AGENT_METADATA_PARTITIONS", "0")
+    monkeypatch.setenv("AGENT_METADATA_LOG_FORMAT", "xml")
+    with pytest.raises(ConfigError, match=r"AGENT_METADATA_PARTITIONS='0'.*; AGENT_METADATA_LOG_FORMAT='xml'"):
+        load_settings()
+
+
+@pytest.mark.parametrize("url", ["", "mysql://u:secret@host/db", "u:secret@host/db", "host=h password=secret"])
+def test_wrong_database_url_is_named_without_its_value(monkeypatch, url):
+    monkeypatch.setenv("DATABASE_URL", url)
+    with pytest.raises(ConfigError) as raised:
+        load_settings()
+    message = str(raised.value)
+    assert message == "DATABASE_URL: must start with postgresql://"
+    assert raised.value.__cause__ is None
+
+
+def test_wrong_setting_beside_a_good_database_url_does_not_show_the_password(monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", "postgresql://u:secret@host/db")
+    with pytest.raises(ConfigError) as raised:
+        load_settings(partitions=0)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("render", [repr, str])
+def test_settings_in_a_log_line_do_not_show_the_password(render):
+    assert "secret" not in render(load_settings(database_url="postgresql://u:secret@host/db"))
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
+def test_database_url_of_either_scheme_is_taken_as_it_is(monkeypatch, scheme):
+    monkeypatch.setenv("DATABASE_URL", f"{scheme}://u:p@host/db")
+    assert load_settings().database_url.get_secret_value() == f"{scheme}://u:p@host/db"
+
+
+def test_environment_is_read(monkeypatch):
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "a:1,[::1]:2")
+    monkeypatch.setenv("AGENT_METADATA_PARTITIONS", "3")
+    monkeypatch.setenv("AGENT_METADATA_WINDOW_SECONDS", "0.5")
+    monkeypatch.setenv("AGENT_METADATA_UNLOGGED", "true")
+    settings = load_settings()
+    assert (settings.kafka_bootstrap_servers, settings.partitions) == ("a:1,[::1]:2", 3)
+    assert (settings.window_seconds, settings.unlogged) == (0.5, True)
+
+
+def test_unset_environment_gives_the_defaults():
+    settings = load_settings()
+    assert (settings.kafka_bootstrap_servers, settings.partitions, settings.window_seconds) == ("localhost:9092", 8, 5)
+
+
+def test_override_wins_over_the_environment(monkeypatch):
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "environment:1")
+    monkeypatch.setenv("AGENT_METADATA_PARTITIONS", "3")
+    settings = load_settings(kafka_bootstrap_servers="override:2", partitions=4)
+    assert (settings.kafka_bootstrap_servers, settings.partitions) == ("override:2", 4)
+
+
+def test_override_of_none_leaves_the_environment(monkeypatch):
+    monkeypatch.setenv("AGENT_METADATA_PARTITIONS", "3")
+    assert load_settings(partitions=None).partitions == 3
+
+
+def test_override_with_a_name_that_is_no_setting_is_refused():
+    with pytest.raises(ConfigError, match="PATRITIONS"):
+        load_settings(patritions=3)
