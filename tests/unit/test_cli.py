@@ -1,0 +1,133 @@
+"""The command line without services: help, usage errors, and servers that are not there."""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+COMMANDS = [
+    *[[name] for name in ("worker", "sink", "run", "watch", "produce", "demo")],
+    *[["topics"], ["topics", "create"], ["topics", "diff"], ["db"], ["db", "migrate"], ["db", "status"]],
+]
+NEEDING_KAFKA = [["worker"], ["produce"], ["topics", "diff"]]
+NOBODY = "127.0.0.1:1"
+
+
+def agent_metadata(*arguments, **variables):
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("KAFKA_BOOTSTRAP_SERVERS", "DATABASE_URL") and not name.startswith("AGENT_METADATA_")
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments],
+        env={**environment, **variables},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def complaint(done):
+    """Return the one line on stderr."""
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("agent-metadata: ")
+    return line
+
+
+@pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)
+def test_help_of_a_command_says_what_it_does(command):
+    done = agent_metadata(*command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage:" in done.stdout
+    assert len(done.stdout.splitlines()) > 5
+
+
+def test_help_names_every_command():
+    text = agent_metadata("--help").stdout
+    assert [command[0] for command in COMMANDS if command[0] not in text] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["db", "nonsense"],
+        ["db", "status", "extra"],
+        ["worker", "--nonsense"],
+        ["produce", "--agents", "0"],
+    ],
+    ids=" ".join,
+)
+def test_usage_error_exits_with_2(arguments):
+    done = agent_metadata(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_setting_exits_with_2_and_names_it():
+    done = agent_metadata("worker", AGENT_METADATA_PARTITIONS="0")
+    assert done.returncode == 2
+    assert "AGENT_METADATA_PARTITIONS='0'" in complaint(done)
+
+
+def test_watch_of_no_uuid_exits_with_2_and_shows_it():
+    done = agent_metadata("watch", "not-a-uuid")
+    assert done.returncode == 2
+    assert "not-a-uuid" in complaint(done)
+
+
+@pytest.fixture(scope="module")
+def without_a_broker():
+    """What commands that need Kafka end with, by command; they wait at the same time, as each gives up after 10 s."""
+
+    def timed(command):
+        started = time.monotonic()
+        return agent_metadata(*command, KAFKA_BOOTSTRAP_SERVERS=NOBODY), time.monotonic() - started
+
+    with ThreadPoolExecutor() as threads:
+        ended = threads.map(timed, NEEDING_KAFKA)
+    return dict(zip(map(tuple, NEEDING_KAFKA), ended, strict=True))
+
+
+@pytest.mark.parametrize("command", NEEDING_KAFKA, ids=" ".join)
+def test_broker_that_is_not_there_exits_with_1_in_15_seconds_and_says_what_to_do(without_a_broker, command):
+    done, seconds = without_a_broker[tuple(command)]
+    assert (done.returncode, seconds < 15) == (1, True)
+    said = complaint(done)
+    assert f"Kafka at {NOBODY} can't be reached" in said
+    assert "Connection refused" in said
+    assert "is it up, and the address right?" in said
+
+
+@pytest.mark.parametrize("command", [["db", "status"], ["db", "migrate"], ["watch"]], ids=" ".join)
+def test_database_that_is_not_there_exits_with_1_and_says_what_to_do(command):
+    done = agent_metadata(*command, DATABASE_URL=f"postgresql://u:secret@{NOBODY}/d")
+    assert done.returncode == 1
+    said = complaint(done)
+    assert "is it up, and DATABASE_URL right?" in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://u:secret@host/d",
+        "postgresql://u:secret@host:port/d",
+        "postgresql://u:sec/secret@host/d",  # a slash that should have been %2F: Python's error quotes what is before
+        "postgresql://u:secret@[::1/d",
+        f"postgresql://u:secret@{NOBODY}/d?sslmode=nonsense",
+    ],
+)
+def test_database_url_that_is_none_exits_with_2_and_does_not_show_the_password(url):
+    done = agent_metadata("db", "status", DATABASE_URL=url)
+    assert done.returncode == 2
+    said = complaint(done)
+    assert "DATABASE_URL" in said
+    assert "sec" not in said
