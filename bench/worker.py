@@ -79,9 +79,10 @@ def ours(topic: str, servers: str, entries: int, entries_a_report: int, batches:
 
     from pipeline.clock import SystemClock
     from pipeline.metrics import WorkerMetrics
+    from pipeline.processes import tune_garbage_collector
     from pipeline.publisher import Publisher
     from pipeline.settings import Settings
-    from pipeline.worker import Worker, tune_garbage_collector
+    from pipeline.worker import Worker
 
     async def main() -> None:
         settings = Settings(

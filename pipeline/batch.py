@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final, Literal, NamedTuple
+from itertools import islice
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -23,7 +25,7 @@ _ROW_BYTES: Final = 110
 
 
 class Row(NamedTuple):
-    """The latest value of one (agent_id, key). Ordered by (agent_id, key): the order in which rows are locked."""
+    """The latest value of one (agent_id, key)."""
 
     agent_id: str
     key: str
@@ -35,6 +37,36 @@ class Row(NamedTuple):
     def collected_at(self) -> datetime:
         """The time as a datetime; year 1 to 9999, as reports are clamped to them."""
         return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=self.collected_at_us)
+
+
+class Columns(NamedTuple):
+    """Rows column by column, as unnest takes them; equally long lists."""
+
+    agent_ids: list[str]
+    keys: list[str]
+    values: list[str]
+    errors: list[str]
+    collected_at_us: list[int]
+
+    def part(self, start: int, end: int) -> Columns:
+        """Return the rows from `start` up to, not including, `end`."""
+        return self._map(lambda column: column[start:end])
+
+    def pick(self, indexes: Sequence[int]) -> Columns:
+        """Return the rows at these indexes, in their order."""
+        return self._map(lambda column: [column[index] for index in indexes])
+
+    def extend(self, more: Columns) -> None:
+        """Append rows in place."""
+        for name in self._fields:
+            getattr(self, name).extend(getattr(more, name))
+
+    def rows(self) -> Iterator[Row]:
+        """Iterate row by row."""
+        return map(Row, *self)
+
+    def _map(self, change: Callable[[list[Any]], list[Any]]) -> Columns:
+        return Columns(*(change(getattr(self, name)) for name in self._fields))
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -80,9 +112,10 @@ class Batch(msgspec.Struct, frozen=True):
         """Tell whether, with this part applied, the whole source range is."""
         return self.part == self.parts
 
-    def rows(self) -> Iterator[Row]:
-        """Iterate the columns row by row."""
-        return map(Row, self.agent_ids, self.keys, self.values, self.errors, self.collected_at_us)
+    @property
+    def columns(self) -> Columns:
+        """The rows."""
+        return Columns(self.agent_ids, self.keys, self.values, self.errors, self.collected_at_us)
 
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -148,16 +181,22 @@ def _parts_by_size(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     yield rows[start:]
 
 
-def merge(batches: Iterable[Batch]) -> list[Row]:
+def merge(batches: Iterable[Batch]) -> Columns:
     """Merge batches, given in their order in the topic, into one row a pair, sorted by (agent_id, key).
 
     Guarantee: the newest collected_at wins; on equal ones the later arrival (metadatabatcher's rule).
+    Sorted, because that is the order in which rows are locked, and two writers of the same rows must not deadlock.
     """
-    newest: dict[tuple[str, str], Row] = {}
+    merged = Columns([], [], [], [], [])
     for batch in batches:
-        for row in batch.rows():
-            pair = row[:2]
-            held = newest.get(pair)
-            if held is None or row.collected_at_us >= held.collected_at_us:
-                newest[pair] = row
-    return sorted(newest.values())
+        merged.extend(batch.columns)
+    pairs = list(zip(merged.agent_ids, merged.keys, strict=True))
+    if all(map(operator.lt, pairs, islice(pairs, 1, None))):
+        return merged  # the parts of one window, as mostly: sorted as they come, and each pair once
+    times = merged.collected_at_us
+    newest: dict[tuple[str, str], int] = {}
+    for index, pair in enumerate(pairs):
+        held = newest.setdefault(pair, index)
+        if held != index and times[index] >= times[held]:
+            newest[pair] = index
+    return merged.pick([newest[pair] for pair in sorted(newest)])

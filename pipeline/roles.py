@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError, PipelineError, RowRejected, ServiceUnav
 from pipeline.listener import MetadataListener
 from pipeline.metrics import SinkMetrics, WorkerMetrics
 from pipeline.migrations import require_schema
+from pipeline.processes import tune_garbage_collector
 from pipeline.publisher import Publisher
 from pipeline.report import Entry, Report, encode_report
 from pipeline.settings import Settings
@@ -29,7 +30,7 @@ from pipeline.sink import Sink
 from pipeline.store import CONNECT_TIMEOUT_SECONDS, PartitionId, Received, Store, read_rows, translated_errors
 from pipeline.topic_admin import TopicFacts, load_topic_specs, require_topics
 from pipeline.window import Rejected
-from pipeline.worker import SHUTDOWN_SECONDS, Worker, tune_garbage_collector
+from pipeline.worker import SHUTDOWN_SECONDS, Worker
 
 # How long a start waits for Kafka or Postgres before it says that they can't be reached.
 START_TIMEOUT_SECONDS: Final = 10.0
@@ -106,6 +107,7 @@ async def run_sink(settings: Settings) -> None:
     consumer, sink = _wire_sink(settings, batches, store, publisher, SinkMetrics(registry), fail)
     _serve_metrics(settings, registry)
     _on_stop_signals(stop.set)
+    tune_garbage_collector()
     consuming = consumer.start()
     _log.info("sink_started", group=settings.sink_group, topic=settings.batches_topic)
     waiting = asyncio.create_task(stop.wait())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from typing import Any, Final, Literal
 
@@ -104,6 +105,7 @@ class Settings(BaseSettings):
             "client.id": "agent-metadata",
             "topic.metadata.refresh.interval.ms": 30_000,
             "log.connection.close": False,
+            "logger": logging.getLogger("librdkafka"),  # else it writes to stderr in a format of its own
         }
 
     @property

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple
 import asyncpg
 
 from pipeline.agent_ids import NOTIFY_CHANNEL, encode_agent_id_chunks
-from pipeline.batch import Batch, Row, merge
+from pipeline.batch import Batch, Columns, Row, merge
 from pipeline.data_files import data_dir
 from pipeline.errors import ConfigError, PipelineError, ProgressGap, RowRejected, SchemaMismatch, ServiceUnavailable
 
@@ -169,8 +169,8 @@ class Store:
             reached = dict(progress)
             _choose(target, received, reached, applied, earliest)
             rows = merge(applied.batches)
-            for start in range(0, len(rows), ROWS_PER_STATEMENT):
-                part = rows[start : start + ROWS_PER_STATEMENT]
+            for start in range(0, len(rows.keys), ROWS_PER_STATEMENT):
+                part = rows.part(start, start + ROWS_PER_STATEMENT)
                 if reject is None:
                     _count(await self._write(connection, part), applied)
                 else:
@@ -202,26 +202,25 @@ class Store:
         )
         return {(row["topic_id"], row["partition"]): row["next_offset"] for row in rows}
 
-    async def _write(self, connection: Any, rows: Sequence[Row]) -> list[Any]:
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        updated = await connection.fetchrow(statement("update_rows"), *columns)
-        if not self._is_inserting or updated["rows"] == len(rows):
+    async def _write(self, connection: Any, rows: Columns) -> list[Any]:
+        updated = await connection.fetchrow(statement("update_rows"), *rows)
+        if not self._is_inserting or updated["rows"] == len(rows.keys):
             return [updated]
-        return [updated, await connection.fetchrow(statement("insert_rows"), *columns)]
+        return [updated, await connection.fetchrow(statement("insert_rows"), *rows)]
 
-    async def _write_bisecting(self, connection: Any, rows: Sequence[Row], applied: Applied, reject: Reject) -> None:
+    async def _write_bisecting(self, connection: Any, rows: Columns, applied: Applied, reject: Reject) -> None:
         """Write what can be written; costs about 2 * log2(rows) statements for each row that can't."""
         try:
             async with translated_errors("writing rows"), connection.transaction():
                 changed = await self._write(connection, rows)
         except RowRejected as error:
-            if len(rows) == 1:
-                await reject(rows[0], error)
+            if len(rows.keys) == 1:
+                await reject(next(rows.rows()), error)
                 applied.rejected += 1
                 return
-            middle = len(rows) // 2
-            await self._write_bisecting(connection, rows[:middle], applied, reject)
-            await self._write_bisecting(connection, rows[middle:], applied, reject)
+            middle = len(rows.keys) // 2
+            await self._write_bisecting(connection, rows.part(0, middle), applied, reject)
+            await self._write_bisecting(connection, rows.part(middle, len(rows.keys)), applied, reject)
         else:
             _count(changed, applied)
 

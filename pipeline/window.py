@@ -170,11 +170,11 @@ class OpenWindow:
         return index
 
     def close(self, reason: Reason, end: float) -> ClosedWindow:
-        """Hand out all that was folded; rows in the order in which their pairs first came."""
+        """Hand out all that was folded; rows sorted by (agent_id, key), as the sink needs them."""
         rows = [
             Row(agent_id, key, entry.value, entry.error, timestamp_us(at))
-            for agent_id, held_by_key in self._agents.items()
-            for key, (at, entry) in held_by_key.items()
+            for agent_id, held_by_key in sorted(self._agents.items())
+            for key, (at, entry) in sorted(held_by_key.items())
         ]
         first = self.last + 1 if self.first is None else self.first
         return ClosedWindow(reason, self.start, end, first, self.last, rows, self.rejected, self.entries, self.clamped)

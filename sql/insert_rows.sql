@@ -1,7 +1,7 @@
 -- Purpose: make rows of the pairs that have none; count those written and name their agents.
 -- Guard: as in update_rows.sql, for a row that another writer makes at the same moment.
 -- $1 to $5: as in update_rows.sql.
--- Locks: the rows it writes, in the order given.
+-- Locks: the rows it writes, in the order of (agent, key).
 with written as (
     insert into workspace_agent_metadata as held (workspace_agent_id, key, value, error, collected_at)
     select agent_id, key, value, error, timestamptz 'epoch' + us * interval '1 microsecond'

@@ -78,6 +78,7 @@ def test_fold_bad_record_costs_itself_alone(window):
     closed = window.close("scheduled", 1.0)
     assert [rejected.record.offset for rejected in closed.rejected] == [1, 2, 3]
     assert [row.value for row in closed.rows] == ["before", "after"]
+    assert closed.rows == sorted(closed.rows)
     assert (closed.first, closed.last) == (0, 4)
 
 
