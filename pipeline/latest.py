@@ -21,7 +21,8 @@ class LatestTable(faust.Table):
     Faust's own windowed table sends a changelog record per set and closes windows for one partition only. This one
     needs no changelog: source offsets are committed after the window's batch is safe, so the source topic is it.
     Windows tumble: each ends where the next begins, at a phase of its partition's own, so that the database sees
-    an even load. A window that closes early, at its capacity, lets the next begin there (as metadatabatcher's timer).
+    an even load. A partition's first window, and the one after a close at capacity, last their whole length from
+    their start instead (as metadatabatcher's timer does): what waits in the topic at a start folds into one window.
     """
 
     def __init__(
@@ -40,18 +41,18 @@ class LatestTable(faust.Table):
         self._size = size
         return self
 
-    def first_end(self, partition: int, now: float) -> float:
-        """Return when the window that is open at `now` ends, by the partition's phase alone.
+    def full_end(self, now: float) -> float:
+        """Return the end of a window that opens now and lasts its whole length."""
+        return now + self._size
+
+    def aligned_end(self, partition: int, now: float) -> float:
+        """Return the first end after `now` that falls on the partition's phase.
 
         Phases count from the epoch, so that all workers agree on them.
         """
         phase = self._size * (partition % self._count) / self._count
-        return (math.floor((now - phase) / self._size) + 1) * self._size + phase
-
-    def next_end(self, partition: int, end: float, now: float) -> float:
-        """Return the end of the window after the one that ended at `end`, or of a later one if that is past."""
-        following = end + self._size
-        return following if following > now else self.first_end(partition, now)
+        end = (math.floor((now - phase) / self._size) + 1) * self._size + phase
+        return end if end > now else end + self._size  # rounding
 
     def open(self, partition: int, now: float) -> OpenWindow:
         """Open a window; what an earlier one of this partition held is dropped."""

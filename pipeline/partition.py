@@ -19,8 +19,8 @@ MAX_WAITING: Final = 2
 class Windows(Protocol):
     """The latest-wins table, as a partition uses it."""
 
-    def first_end(self, partition: int, now: float) -> float: ...  # noqa: D102  # see LatestTable
-    def next_end(self, partition: int, end: float, now: float) -> float: ...  # noqa: D102
+    def full_end(self, now: float) -> float: ...  # noqa: D102  # see LatestTable
+    def aligned_end(self, partition: int, now: float) -> float: ...  # noqa: D102
     def open(self, partition: int, now: float) -> object: ...  # noqa: D102
     def fold(self, partition: int, records: Sequence[Record], start: int) -> int: ...  # noqa: D102
     def is_full(self, partition: int) -> bool: ...  # noqa: D102
@@ -56,7 +56,7 @@ class SourcePartition:
         self._is_ending = False
         now = clock.now()
         windows.open(number, now)
-        self._end = windows.first_end(number, now)
+        self._end = windows.full_end(now)
         self._tasks = [asyncio.create_task(self._close_by_clock()), asyncio.create_task(self._flush())]
         for task in self._tasks:
             task.add_done_callback(self._report_failure)
@@ -67,7 +67,7 @@ class SourcePartition:
         while index < len(records) and not self._is_ending:
             index = self._windows.fold(self.number, records, index)
             if self._windows.is_full(self.number):
-                self._end = self._windows.next_end(self.number, self._clock.now(), self._clock.now())
+                self._end = self._windows.full_end(self._clock.now())
                 await self._close("capacity")
 
     async def finish(self, reason: Reason) -> None:
@@ -104,7 +104,7 @@ class SourcePartition:
             await self._clock.sleep_until(end)
             # A close at capacity moves the end; a sleep may wake a hair early.
             if end == self._end and self._clock.now() >= end and not self._is_ending:
-                self._end = self._windows.next_end(self.number, end, self._clock.now())
+                self._end = self._windows.aligned_end(self.number, self._clock.now())
                 await self._close("scheduled")
 
     async def _flush(self) -> None:

@@ -93,9 +93,21 @@ async def test_sub_second_windows_close_on_time(make, clock):
     assert outlet.seen() == [("scheduled", 0, 0, 1)]
 
 
+async def test_first_window_lasts_its_length_whatever_the_phase(make, clock):
+    await clock.advance(1.5)
+    partition, outlet = make()
+    await settle()
+    await take(partition, record(0, AGENTS[0], T0, k="v"))
+    await clock.advance(4.9)
+    assert outlet.seen() == []
+    await clock.advance(0.1)
+    assert outlet.seen() == [("scheduled", 0, 0, 1)]
+
+
 async def test_partitions_close_at_phases_of_their_own(make, clock):
     made = [make(number, partitions=4, size=4.0) for number in range(4)]
     await settle()
+    await clock.advance(4)
     for partition, _ in made:
         await take(partition, record(0, AGENTS[0], T0, k="v"))
     closed = []
