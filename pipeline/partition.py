@@ -43,10 +43,9 @@ class SourcePartition:
         clock: Clock,
         deliver: Callable[[int, ClosedWindow], Awaitable[None]],
         on_failure: Callable[[BaseException], None],
-        next_offset: int | None = None,
     ) -> None:
         self.number = number
-        self.next_offset = next_offset
+        self.next_offset: int | None = None  # the caller's: where the next chunk has to begin; None: not known yet
         self._windows = windows
         self._clock = clock
         self._deliver = deliver
@@ -69,6 +68,11 @@ class SourcePartition:
             if self._windows.is_full(self.number):
                 self._end = self._windows.full_end(self._clock.now())
                 await self._close("capacity")
+
+    async def close_caught_up(self) -> None:
+        """Close the open window before its time: what waited in the topic has waited long enough."""
+        self._end = self._windows.aligned_end(self.number, self._clock.now())
+        await self._close("scheduled")
 
     async def finish(self, reason: Reason) -> None:
         """Take no more records, close the open window, and return when everything is delivered."""
@@ -102,7 +106,7 @@ class SourcePartition:
         while not self._is_ending:
             end = self._end
             await self._clock.sleep_until(end)
-            # A close at capacity moves the end; a sleep may wake a hair early.
+            # An early close moves the end; a sleep may wake a hair early.
             if end == self._end and self._clock.now() >= end and not self._is_ending:
                 self._end = self._windows.aligned_end(self.number, self._clock.now())
                 await self._close("scheduled")

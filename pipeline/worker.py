@@ -76,6 +76,8 @@ class Worker:
         self._clock = clock
         self._metrics = metrics
         self._partitions: dict[int, SourcePartition] = {}
+        # What waited in the topic when a partition was assigned, until it has been read.
+        self._backlog_ends: dict[int, int] = {}
         self._committable: dict[TP, int] = {}
         self._failure: BaseException | None = None
         self._stop = asyncio.Event()
@@ -132,15 +134,8 @@ class Worker:
         tp = TP(self._settings.events_topic, number)
         partition = self._partitions.get(number)
         if partition is None:
-            partition = self._partitions[number] = SourcePartition(
-                number,
-                windows=self.table,
-                clock=self._clock,
-                deliver=self._deliver,
-                on_failure=self._fail,
-                next_offset=self._consumer.committed_offset(tp),
-            )
-        expected = partition.next_offset
+            return  # revoked while this chunk was on its way; its new owner reads it
+        expected = partition.next_offset if partition.next_offset is not None else self._consumer.committed_offset(tp)
         if (
             expected is not None
             and chunk.start > expected
@@ -151,6 +146,11 @@ class Worker:
             self._metrics.records.inc(len(records))
             await partition.take(records)
         partition.next_offset = chunk.next_offset
+        backlog_end = self._backlog_ends.get(number)
+        if backlog_end is not None and chunk.next_offset >= backlog_end:
+            del self._backlog_ends[number]
+            if chunk.start < backlog_end:
+                await partition.close_caught_up()
 
     async def _account_for_gap(self, tp: TP, expected: int, start: int) -> bool:
         """Records are missing before this chunk: go back for them, unless retention has deleted them."""
@@ -206,6 +206,12 @@ class Worker:
 
     async def _on_assigned(self, _app: faust.App, assigned: set[TP], **_: Any) -> None:
         numbers = sorted(tp.partition for tp in assigned)
+        ends = await self._consumer.highwaters(*assigned)
+        self._backlog_ends = {tp.partition: end for tp, end in ends.items()}
+        for number in numbers:
+            self._partitions[number] = SourcePartition(
+                number, windows=self.table, clock=self._clock, deliver=self._deliver, on_failure=self._fail
+            )
         _log.info("partitions_assigned", topic=self._settings.events_topic, partitions=numbers)
 
     async def _on_revoked(self, _app: faust.App, revoked: set[TP], **_: Any) -> None:
