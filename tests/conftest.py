@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.local import LocalServices, ServicesKind, docker_answers, kafka_classpath, start_services
+from tests.deployment import Deployment
 
 SERVICES = pytest.StashKey[LocalServices]()
 
@@ -79,3 +80,19 @@ async def database_url(services: LocalServices, request: pytest.FixtureRequest) 
         await server.execute(f'drop database "{name}" with (force)')
     finally:
         await server.close()
+
+
+@pytest.fixture
+async def deploy(bootstrap_servers: str, database_url: str, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
+    """Make a pipeline of this test's own: `await deploy(window_seconds=1)`; its processes end with the test."""
+    made: list[Deployment] = []
+
+    async def make(**settings: Any) -> Deployment:
+        deployment = Deployment(bootstrap_servers, database_url, tmp_path, **settings)
+        made.append(deployment)
+        await deployment.prepare()
+        return deployment
+
+    yield make
+    for deployment in made:
+        deployment.close()

@@ -1,0 +1,149 @@
+"""The whole way of the data, by processes, on a real Kafka and a real Postgres."""
+
+import asyncio
+import uuid
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+import pytest
+
+from pipeline.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
+from pipeline.batch import decode_batch
+from pipeline.publisher import Publisher
+from tests.deployment import consume_all, eventually, flatten
+
+pytestmark = pytest.mark.services
+
+AGENTS = [uuid.uuid5(uuid.NAMESPACE_OID, str(number)) for number in range(40)]
+
+
+def report_all(producer, round_number, expected, *, agents=AGENTS):
+    """Report two keys of each agent; note what the table must hold."""
+    now = datetime.now(UTC)
+    for agent_id in agents:
+        assert producer.add(agent_id, ["cpu", "mem"], [f"{round_number}%", "1 GB"], ["", "slow"], now)
+        expected[str(agent_id), "cpu"] = (f"{round_number}%", "", now)
+        expected[str(agent_id), "mem"] = ("1 GB", "slow", now)
+
+
+async def test_reports_become_rows_and_listeners_are_told(deploy, database_url):
+    pipeline = await deploy()
+    await pipeline.started("worker")
+    await pipeline.started("sink")
+    told = set()
+    listening = await asyncpg.connect(database_url)
+    await listening.add_listener(NOTIFY_CHANNEL, lambda *notice: told.update(decode_agent_ids(notice[3])))
+    expected = {}
+    with pipeline.producer() as producer:
+        for number in range(20):
+            report_all(producer, number, expected)
+    await pipeline.wait_for(expected)
+    await eventually("all agents are told of", lambda: told == set(AGENTS))
+    await listening.close()
+
+
+async def test_batches_hold_the_latest_of_each_pair_once(deploy):
+    pipeline = await deploy(window_seconds=60, batch_size=7)
+    worker = await pipeline.started("worker")
+    expected = {}
+    with pipeline.producer() as producer:
+        for number in range(5):
+            report_all(producer, number, expected)
+    await eventually("records are folded", lambda: all_are_folded(pipeline, 5 * len(AGENTS)))
+    assert pipeline.stop(worker) == 0
+    batches = [
+        decode_batch(message.value()) for message in consume_all(pipeline.settings, pipeline.settings.batches_topic)
+    ]
+    rows = flatten(batches)
+    assert {row[:2]: (row.value, row.error, row.collected_at) for row in rows} == expected
+    assert len(rows) == len(expected)
+    assert {batch.reason for batch in batches} == {"shutdown"}
+    assert max(len(batch.agent_ids) for batch in batches) == 7
+
+
+def all_are_folded(pipeline, records):
+    """The worker has read them: its group's position is not visible, so wait for the topic to hold them all."""
+    return len(consume_all(pipeline.settings, pipeline.settings.events_topic)) == records
+
+
+async def test_bad_record_goes_to_the_dead_letter_topic_with_its_reason_and_the_rest_goes_on(deploy):
+    pipeline = await deploy()
+    await pipeline.started("worker")
+    await pipeline.started("sink")
+    publisher = Publisher(pipeline.settings.client_config())
+    expected = {}
+    bad = [b"{", b'{"agent_id":"agent-7","entries":[{"key":"k"}]}', None]
+    for value in bad:
+        await (await publisher.send(pipeline.settings.events_topic, value, key=b"bad", headers=[("from", b"test")]))
+    with pipeline.producer() as producer:
+        report_all(producer, 1, expected)
+    await publisher.close(5)
+    await pipeline.wait_for(expected)
+    letters = consume_all(pipeline.settings, pipeline.settings.dead_letter_topic)
+    assert sorted(letter.value() or b"" for letter in letters) == sorted(value or b"" for value in bad)
+    headers = [dict(letter.headers()) for letter in letters]
+    assert {header["from"] for header in headers} == {b"test"}
+    assert {header["__connect.errors.topic"].decode() for header in headers} == {pipeline.settings.events_topic}
+    reasons = b" ".join(sorted(header["__connect.errors.exception.message"] for header in headers)).decode()
+    assert "agent_id is not a UUID: 'agent-7'" in reasons
+    assert "tombstone" in reasons
+
+
+async def test_postgres_refusing_a_row_dead_letters_that_row_alone(deploy):
+    pipeline = await deploy()
+    async with pipeline.connection() as connection:
+        await connection.execute("alter table workspace_agent_metadata add check (value <> 'poison')")
+    await pipeline.started("worker")
+    await pipeline.started("sink")
+    expected = {}
+    with pipeline.producer() as producer:
+        producer.add(AGENTS[0], ["bad"], ["poison"], [""], datetime.now(UTC))
+        report_all(producer, 1, expected)
+    await pipeline.wait_for(expected)
+    (letter,) = consume_all(pipeline.settings, pipeline.settings.dead_letter_topic)
+    headers = dict(letter.headers())
+    assert headers["__connect.errors.sqlstate"] == b"23514"
+    assert b"poison" in letter.value()
+
+
+async def test_clock_an_hour_ahead_does_not_freeze_its_row(deploy):
+    pipeline = await deploy()
+    await pipeline.started("worker")
+    await pipeline.started("sink")
+    agent_id, pair = AGENTS[0], (str(AGENTS[0]), "k")
+    with pipeline.producer() as producer:
+        producer.add(agent_id, ["k"], ["from the future"], [""], datetime.now(UTC) + timedelta(hours=1))
+    await eventually("the row is there", pipeline.table)
+    with pipeline.producer() as producer:
+        producer.add(agent_id, ["k"], ["now"], [""], datetime.now(UTC))
+
+    async def value():
+        return (await pipeline.table())[pair][0] == "now"
+
+    await eventually("the true time wins", value)
+
+
+async def test_second_worker_joins_and_leaves_and_nothing_is_lost(deploy):
+    pipeline = await deploy()
+    await pipeline.started("sink")
+    await pipeline.started("worker")
+    expected = {}
+    with pipeline.producer() as producer:
+        for number in range(30):
+            report_all(producer, number, expected)
+            producer.flush()
+            if number == 10:
+                second = await pipeline.started("worker")
+            if number == 20:
+                assert pipeline.stop(second) == 0
+            await asyncio.sleep(0.05)  # the load: reports every 50 ms
+    await pipeline.wait_for(expected)
+
+
+async def test_events_and_batches_of_unequal_partitions_are_refused(deploy):
+    pipeline = await deploy()
+    pipeline.environment["AGENT_METADATA_BATCHES_TOPIC"] = pipeline.settings.dead_letter_topic
+    worker = pipeline.start("worker")
+    assert worker.wait(30) != 0
+    assert "has 4 partitions and" in pipeline.log(worker)
+    assert "Traceback" not in pipeline.log(worker)
