@@ -1,0 +1,56 @@
+# `make` alone shows what there is. Needs Python 3.11 or newer and make; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format bench bench-worker bench-sink bench-end-to-end clean
+
+help: ## Show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+
+demo: .venv/.local ## Run everything once on this machine and compare the table with what was produced; ARGS="--window 0.2"
+	$(BIN)/agent-metadata demo $(ARGS)
+
+test: .venv/.dev ## All tests, on a real Kafka and a real Postgres; ARGS="-k store"
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.dev ## What needs no services: lint, format, types, import contracts, unit and property tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/unit tests/property
+
+format: .venv/.dev ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: bench-worker bench-sink bench-end-to-end ## All benchmarks, about ten minutes
+
+bench-worker: .venv/.dev ## The worker against stock Faust and a plain loop
+	$(BIN)/python -m bench.worker
+
+bench-sink: .venv/.dev ## The sink against the bare UPDATE
+	$(BIN)/python -m bench.sink
+
+bench-end-to-end: .venv/.dev ## From the topic to the table, against a plain program
+	$(BIN)/python -m bench.end_to_end
+
+install: .venv/.dev ## Make .venv with everything for development
+
+clean: ## Remove .venv and caches
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.local: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[local]'
+	@touch $@
+
+.venv/.dev: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch .venv/.local $@
