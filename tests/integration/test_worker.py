@@ -1,0 +1,99 @@
+"""The worker in this process, on a real Kafka, with an outlet that the test controls."""
+
+import asyncio
+import uuid
+
+import pytest
+from confluent_kafka import Consumer, Producer, TopicPartition
+from prometheus_client import CollectorRegistry
+
+from pipeline.batch import decode_batch
+from pipeline.clock import SystemClock
+from pipeline.metrics import WorkerMetrics
+from pipeline.testing import record
+from pipeline.worker import Worker
+from tests.deployment import eventually
+
+pytestmark = pytest.mark.services
+
+AGENT = uuid.UUID(int=1)
+
+
+class Outlet:
+    """Takes batches; acknowledges those of all partitions but the withheld ones."""
+
+    def __init__(self):
+        self.sent = []
+        self.withheld = {}
+        self.withholding = set()
+
+    async def send(self, topic, value, *, partition=-1, key=None, headers=()):
+        self.sent.append((partition, decode_batch(value)))
+        acknowledged = asyncio.get_running_loop().create_future()
+        if partition in self.withholding:
+            self.withheld[partition] = acknowledged
+        else:
+            acknowledged.set_result(None)
+        return acknowledged
+
+
+@pytest.fixture
+async def running(deploy):
+    """A worker under way: (pipeline, outlet, worker)."""
+    pipeline = await deploy(window_seconds=0.1)
+    outlet = Outlet()
+
+    async def no_dead_letters(rejected, partition):
+        raise AssertionError(rejected.reason)
+
+    worker = Worker(
+        pipeline.settings,
+        send=outlet.send,
+        dead_letter=no_dead_letters,
+        events_topic_id="events-id",
+        partitions=4,
+        clock=SystemClock(),
+        metrics=WorkerMetrics(CollectorRegistry()),
+    )
+    run = asyncio.create_task(worker.run())
+    yield pipeline, outlet, worker
+    for acknowledged in outlet.withheld.values():
+        acknowledged.set_result(None)
+    worker.stop()
+    await run
+
+
+def produce(pipeline, partition, **values):
+    producer = Producer(pipeline.settings.client_config())
+    producer.produce(pipeline.settings.events_topic, record(0, AGENT, **values).value, partition=partition)
+    assert producer.flush(10) == 0
+
+
+def committed(pipeline, partition):
+    consumer = Consumer({**pipeline.settings.client_config(), "group.id": pipeline.settings.worker_group})
+    try:
+        (position,) = consumer.committed([TopicPartition(pipeline.settings.events_topic, partition)], timeout=10)
+        return position.offset
+    finally:
+        consumer.close()
+
+
+async def test_offsets_are_committed_once_kafka_has_acknowledged_the_batch(running):
+    pipeline, outlet, _ = running
+    outlet.withholding = {0}
+    produce(pipeline, 0, k="v")
+    await eventually("partition 0's batch is sent", lambda: outlet.withheld)
+    produce(pipeline, 1, k="v")
+    # Both partitions commit together: when 1's offset is there, 0's would be too, had it been committed too early.
+    await eventually("partition 1's offset is committed", lambda: committed(pipeline, 1) == 1)
+    assert committed(pipeline, 0) < 0
+    outlet.withheld.pop(0).set_result(None)
+    await eventually("partition 0's offset is committed", lambda: committed(pipeline, 0) == 1)
+
+
+async def test_backlog_is_written_as_soon_as_it_is_read(deploy):
+    pipeline = await deploy(window_seconds=3600)
+    produce(pipeline, 2, k="waited")
+    await pipeline.started("sink")
+    await pipeline.started("worker")
+    await eventually("the row is there", pipeline.table)
