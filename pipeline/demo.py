@@ -32,7 +32,7 @@ from pipeline.migrations import migrate
 from pipeline.processes import die_with_parent
 from pipeline.settings import Settings, load_settings
 from pipeline.store import read_rows
-from pipeline.topic_admin import create_topics, load_topic_specs
+from pipeline.topic_admin import create_topics, delete_topics, load_topic_specs
 
 _PROGRESS_SECONDS: Final = 0.5
 # Beyond the last window: what a loaded machine may need to bring everything into the table.
@@ -120,11 +120,12 @@ class _Demo:
         self._settings: Settings = load_settings()
 
     async def run(self) -> dict[str, Any]:
-        await self._prepare()
         try:
+            await self._prepare()
             return await self._run()
         finally:
             await self._end_all()
+            await self._clean_up()
 
     async def _prepare(self) -> None:
         settings = self._settings
@@ -139,6 +140,16 @@ class _Demo:
         try:
             await migrate(connection)
         finally:
+            await connection.close()
+
+    async def _clean_up(self) -> None:
+        """Leave nothing in a cluster and a database that others use too."""
+        settings = self._settings
+        with suppress(PipelineError, OSError, asyncpg.PostgresError):
+            specs = load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
+            await asyncio.to_thread(delete_topics, settings.client_config(), specs)
+            connection = await asyncpg.connect(self._services.database_url)
+            await connection.execute(f'drop schema if exists "{self._run_id}" cascade')
             await connection.close()
 
     async def _run(self) -> dict[str, Any]:

@@ -18,12 +18,12 @@ class ConfigError(PipelineError):
     """A setting is wrong: change it and start again; nothing was started."""
 
 
-class TopicMismatch(ConfigError):
-    """The cluster's topics are missing or disagree with what is declared: refuse to start."""
+class TopicMismatch(PipelineError):
+    """The cluster's topics are missing or disagree with what is declared: refuse to run until they are made to fit."""
 
 
-class SchemaMismatch(ConfigError):
-    """The database lacks tables or migrations: run `agent-metadata db migrate`."""
+class SchemaMismatch(PipelineError):
+    """The database lacks tables or migrations: refuse to run until `agent-metadata db migrate` has."""
 
 
 class DecodeError(PipelineError):

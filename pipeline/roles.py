@@ -36,6 +36,8 @@ from pipeline.worker import SHUTDOWN_SECONDS, Worker
 START_TIMEOUT_SECONDS: Final = 10.0
 # As many transactions at once as bring more rows a second: measured on two cores, one more brings nothing.
 SINK_CONNECTIONS: Final = 2
+# What matters was waited for before; this is for dead letters under way.
+_LAST_FLUSH_SECONDS: Final = 1.0
 
 _log = structlog.get_logger(__name__)
 
@@ -80,7 +82,7 @@ async def run_worker(settings: Settings) -> None:
     try:
         await worker.run()
     finally:
-        if left := await publisher.close(START_TIMEOUT_SECONDS):
+        if left := await publisher.close(_LAST_FLUSH_SECONDS):
             _log.warning("batches_not_acknowledged", count=left, advice="they will be made again from the events")
     _log.info("worker_stopped")
 
@@ -120,7 +122,7 @@ async def run_sink(settings: Settings) -> None:
         waiting.cancel()
         await consumer.close()
         sink.lose(range(batches.partitions))
-        await publisher.close(START_TIMEOUT_SECONDS)
+        await publisher.close(_LAST_FLUSH_SECONDS)
         await store.close()
     if consuming.done() and (error := consuming.exception()) is not None:
         failures.append(error)

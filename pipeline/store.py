@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ ROWS_PER_STATEMENT: Final = 1000
 # A statement of 1,000 rows takes some milliseconds; one that takes this long has lost its server.
 COMMAND_TIMEOUT_SECONDS: Final = 60.0
 CONNECT_TIMEOUT_SECONDS: Final = 10.0
+CLOSE_TIMEOUT_SECONDS: Final = 2.0
 
 # What the first characters of a SQLSTATE ask for; the longest match counts. Anything else is treated as an outage:
 # holding a batch back loses nothing, a dead letter might.
@@ -125,8 +127,11 @@ class Store:
         return cls(pool, undeclared=undeclared, notify=notify)
 
     async def close(self) -> None:
-        """Close the pool, waiting for what runs."""
-        await self._pool.close()
+        """Close the pool; a connection that doesn't answer is cut."""
+        try:
+            await asyncio.wait_for(self._pool.close(), CLOSE_TIMEOUT_SECONDS)
+        except TimeoutError:
+            self._pool.terminate()
 
     async def next_offsets(self, topic_id: str, partitions: Sequence[int]) -> Mapping[int, int]:
         """Return where to go on in each partition; one that was never applied is missing."""

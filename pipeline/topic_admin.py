@@ -93,6 +93,17 @@ def create_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpe
     return [spec.name for spec in missing]
 
 
+def delete_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> None:
+    """Delete these topics with all they hold; those that don't exist are fine.
+
+    Raises:
+        ServiceUnavailable: Kafka did not answer.
+    """
+    with _Admin(client_config) as admin:
+        for spec in specs.values():
+            admin.delete(spec.name)
+
+
 def diff_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> list[Difference]:
     """Compare the cluster with the declarations; no differences, no items.
 
@@ -189,6 +200,14 @@ class _Admin:
             if error.args[0].retriable() or code in (KafkaError._TRANSPORT, KafkaError._TIMED_OUT):
                 raise self._unavailable(error) from error
             raise TopicMismatch(f"Kafka refused to create {spec.name}: {error.args[0].str()}") from error
+
+    def delete(self, name: str) -> None:
+        """Delete a topic if it exists."""
+        try:
+            self._client.delete_topics([name], operation_timeout=_REQUEST_SECONDS)[name].result()
+        except KafkaException as error:
+            if error.args[0].code() not in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNSUPPORTED_FEATURE):
+                raise self._unavailable(error) from error
 
     def config(self, name: str) -> dict[str, str]:
         resource = ConfigResource(ResourceType.TOPIC, name)
