@@ -15,7 +15,7 @@ from pipeline.data_files import data_dir
 from pipeline.errors import ServiceUnavailable, TopicMismatch
 
 _REQUEST_SECONDS: Final = 10.0
-# What brokers without topic ids report (Kafka's Uuid.ZERO_UUID); librdkafka's mock cluster does.
+# What brokers without topic ids report (Kafka's Uuid.ZERO_UUID).
 _NO_TOPIC_ID: Final = "AAAAAAAAAAAAAAAAAAAAAA"
 
 _log = structlog.get_logger(__name__)
@@ -178,24 +178,31 @@ class _Admin:
 
     def existing(self, timeout_s: float) -> dict[str, int]:
         """Return all topics with their numbers of partitions."""
+        metadata = self._metadata(timeout_s)
+        return {name: len(topic.partitions) for name, topic in metadata.topics.items()}
+
+    def has_controller(self, timeout_s: float) -> bool:
+        """Tell whether there is anyone to create and describe topics; librdkafka's mock cluster has nobody."""
+        metadata = self._metadata(timeout_s)
+        return metadata.controller_id in metadata.brokers
+
+    def _metadata(self, timeout_s: float) -> Any:
         try:
-            topics = self._client.list_topics(timeout=timeout_s).topics
+            return self._client.list_topics(timeout=timeout_s)
         except KafkaException as error:
             raise self._unavailable(error) from error
-        return {name: len(topic.partitions) for name, topic in topics.items()}
 
     def create(self, spec: TopicSpec) -> None:
+        if not self.has_controller(_REQUEST_SECONDS):
+            self._client.list_topics(spec.name, timeout=_REQUEST_SECONDS)  # the mock cluster makes what is asked for
+            _log.warning("topic_made_by_the_broker", topic=spec.name, reason="it knows no CreateTopics")
+            return
         topic = NewTopic(spec.name, spec.partitions, spec.replication, config=dict(spec.config))
         try:
-            self._client.create_topics([topic], operation_timeout=_REQUEST_SECONDS)[spec.name].result()
+            self._client.create_topics([topic], request_timeout=_REQUEST_SECONDS)[spec.name].result()
         except KafkaException as error:
             code = error.args[0].code()
             if code == KafkaError.TOPIC_ALREADY_EXISTS:
-                return
-            if code == KafkaError._UNSUPPORTED_FEATURE:
-                # librdkafka's mock cluster: a topic comes when it is first asked for.
-                self._client.list_topics(spec.name, timeout=_REQUEST_SECONDS)
-                _log.warning("topic_made_by_the_broker", topic=spec.name, reason="it knows no CreateTopics")
                 return
             if error.args[0].retriable() or code in (KafkaError._TRANSPORT, KafkaError._TIMED_OUT):
                 raise self._unavailable(error) from error
@@ -203,10 +210,12 @@ class _Admin:
 
     def delete(self, name: str) -> None:
         """Delete a topic if it exists."""
+        if not self.has_controller(_REQUEST_SECONDS):
+            return
         try:
-            self._client.delete_topics([name], operation_timeout=_REQUEST_SECONDS)[name].result()
+            self._client.delete_topics([name], request_timeout=_REQUEST_SECONDS)[name].result()
         except KafkaException as error:
-            if error.args[0].code() not in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNSUPPORTED_FEATURE):
+            if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                 raise self._unavailable(error) from error
 
     def config(self, name: str) -> dict[str, str]:
@@ -219,14 +228,12 @@ class _Admin:
 
     def topic_id(self, name: str, timeout_s: float) -> str:
         """Return Kafka's id of this incarnation; a name stands in where the broker has no ids."""
+        if not self.has_controller(timeout_s):
+            return f"name:{name}"
         try:
             futures = self._client.describe_topics(TopicCollection([name]), request_timeout=timeout_s)
             topic_id = str(futures[name].result(timeout_s).topic_id)
-        except KafkaException as error:
-            if error.args[0].code() != KafkaError._UNSUPPORTED_FEATURE:
-                raise self._unavailable(error) from error
-            topic_id = _NO_TOPIC_ID
-        except TimeoutError as error:
+        except (KafkaException, TimeoutError) as error:
             raise self._unavailable(error) from error
         return f"name:{name}" if topic_id == _NO_TOPIC_ID else topic_id
 
