@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pipeline.data_files import data_dir
 from pipeline.errors import SchemaMismatch
-from pipeline.store import translated_errors
+from pipeline.postgres_errors import translated_errors
 
 # Any number will do, as long as no other program of the database takes the same.
 _ADVISORY_LOCK: Final = 7_236_219_114

@@ -152,15 +152,22 @@ def _report(
     for key in keys:
         if (problem := key_problem(key)) is not None:
             raise ValueError(problem)
-    for moment in times:
-        if moment is not None and moment.tzinfo is None:
-            raise ValueError(f"collected_at {moment.isoformat()} has no time zone")
-    shared = collected_at if isinstance(collected_at, datetime) else None
+    times = [None if moment is None else _to_utc(moment) for moment in times]
+    shared = times[0] if isinstance(collected_at, datetime) and times else None
     entries = [
-        Entry(key, value, error, None if shared is not None or moment is None else moment.astimezone(UTC))
+        Entry(key, value, error, None if shared is not None else moment)
         for key, value, error, moment in zip(keys, values, errors, times, strict=True)
     ]
-    return Report(str(agent_id), entries, None if shared is None else shared.astimezone(UTC))
+    return Report(str(agent_id), entries, shared)
+
+
+def _to_utc(moment: datetime) -> datetime:
+    if moment.tzinfo is None:
+        raise ValueError(f"collected_at {moment.isoformat()} has no time zone")
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError(f"collected_at {moment.isoformat()} is outside the years 1 to 9999 in UTC") from None
 
 
 def _log_error(error: KafkaError) -> None:

@@ -22,15 +22,16 @@ from pipeline.errors import ConfigError, PipelineError, RowRejected, ServiceUnav
 from pipeline.listener import MetadataListener
 from pipeline.metrics import SinkMetrics, WorkerMetrics
 from pipeline.migrations import require_schema
+from pipeline.postgres_errors import translated_errors
 from pipeline.processes import tune_garbage_collector
 from pipeline.publisher import Publisher
 from pipeline.report import Entry, Report, encode_report
-from pipeline.settings import Settings
+from pipeline.settings import SHUTDOWN_SECONDS, Settings
 from pipeline.sink import Sink
-from pipeline.store import CONNECT_TIMEOUT_SECONDS, PartitionId, Received, Store, read_rows, translated_errors
+from pipeline.store import CONNECT_TIMEOUT_SECONDS, PartitionId, Received, Store, read_rows
 from pipeline.topic_admin import TopicFacts, load_topic_specs, require_topics
 from pipeline.window import Rejected
-from pipeline.worker import SHUTDOWN_SECONDS, Worker
+from pipeline.worker import Worker
 
 # How long a start waits for Kafka or Postgres before it says that they can't be reached.
 START_TIMEOUT_SECONDS: Final = 10.0

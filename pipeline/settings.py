@@ -6,12 +6,14 @@ import logging
 from datetime import timedelta
 from typing import Any, Final, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from pipeline.errors import ConfigError
 
 PREFIX = "AGENT_METADATA_"
+# How long a role that is told to stop may bring out what it holds. Source: metadatabatcher's final flush.
+SHUTDOWN_SECONDS: Final = 15.0
 # Source: Kafka's org.apache.kafka.common.internals.Topic.
 _TOPIC_NAME: Final = r"^[a-zA-Z0-9._-]{1,249}$"
 
@@ -88,6 +90,12 @@ class Settings(BaseSettings):
             raise ValueError("must start with postgresql://")
         return value
 
+    @model_validator(mode="after")
+    def _topics_differ(self) -> Settings:
+        if len(set(self.topic_names.values())) < len(self.topic_names):
+            raise ValueError("EVENTS_TOPIC, BATCHES_TOPIC and DEAD_LETTER_TOPIC must be three topics")
+        return self
+
     @property
     def worker_group(self) -> str:
         """The worker's consumer group, which is also the Faust app's id."""
@@ -136,9 +144,11 @@ def load_settings(**overrides: Any) -> Settings:
 
 
 def _complaint(item: Any) -> str:
-    name = str(item["loc"][0]) if item["loc"] else "settings"
+    problem = item["msg"].removeprefix("Value error, ")
+    if not item["loc"]:  # about several settings
+        return str(problem)
+    name = str(item["loc"][0])
     field = Settings.model_fields.get(name)
     variable = name if name.isupper() else str((field and field.validation_alias) or PREFIX + name.upper())
     shown = "" if "url" in name.lower() else f"={item['input']!r}"
-    problem = item["msg"].removeprefix("Value error, ")
     return f"{variable}{shown}: {problem[0].lower()}{problem[1:]}"

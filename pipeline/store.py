@@ -1,11 +1,10 @@
-"""Apply batches to Postgres: rows, progress and NOTIFY in one transaction; errors told apart by SQLSTATE."""
+"""Apply batches to Postgres: rows, progress and NOTIFY in one transaction."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final, Literal, NamedTuple
@@ -15,7 +14,8 @@ import asyncpg
 from pipeline.agent_ids import NOTIFY_CHANNEL, encode_agent_id_chunks
 from pipeline.batch import Batch, Columns, Row, merge
 from pipeline.data_files import data_dir
-from pipeline.errors import ConfigError, PipelineError, ProgressGap, RowRejected, SchemaMismatch, ServiceUnavailable
+from pipeline.errors import ProgressGap, RowRejected
+from pipeline.postgres_errors import translated_errors
 
 # Measured over 200,000 rows with the plan pinned: larger statements gain nothing more.
 ROWS_PER_STATEMENT: Final = 1000
@@ -23,11 +23,6 @@ ROWS_PER_STATEMENT: Final = 1000
 COMMAND_TIMEOUT_SECONDS: Final = 60.0
 CONNECT_TIMEOUT_SECONDS: Final = 10.0
 CLOSE_TIMEOUT_SECONDS: Final = 2.0
-
-# What the first characters of a SQLSTATE ask for; the longest match counts. Anything else is treated as an outage:
-# holding a batch back loses nothing, a dead letter might.
-_DATA_ERRORS: Final = ("22", "23")
-_CONFIG_ERRORS: Final = ("0A", "28", "3D", "3F", "42")
 
 Reject = Callable[[Row, RowRejected], Awaitable[None]]
 
@@ -64,38 +59,6 @@ class Applied:
 def statement(name: str) -> str:
     """Return the SQL of `sql/<name>.sql`."""
     return (data_dir("sql") / f"{name}.sql").read_text(encoding="utf-8")
-
-
-@asynccontextmanager
-async def translated_errors(doing: str) -> AsyncIterator[None]:
-    """Translate asyncpg's errors into ours, by SQLSTATE and never by message text.
-
-    Raises:
-        RowRejected: the data itself is refused (classes 22, 23).
-        SchemaMismatch, ConfigError: tables, rights, the password or the database are wrong (28, 3D, 3F, 42).
-        ServiceUnavailable: all else, as connection, resources, locks, shutdown, read-only.
-    """
-    try:
-        yield
-    except asyncpg.PostgresError as error:
-        raise _translate(error, doing) from error
-    except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
-        detail = str(error) or type(error).__name__
-        raise ServiceUnavailable(
-            f"Postgres did not answer while {doing}: {detail}; is it up, and DATABASE_URL right?"
-        ) from error
-
-
-def _translate(error: asyncpg.PostgresError, doing: str) -> PipelineError:
-    state = error.sqlstate or ""
-    said = f"{str(error).splitlines()[0]} (SQLSTATE {state})"
-    if state.startswith(_DATA_ERRORS):
-        return RowRejected(said, sqlstate=state)
-    if state == "42P01" or state == "42703":
-        return SchemaMismatch(f"{said}: run `agent-metadata db migrate`")
-    if state.startswith(_CONFIG_ERRORS):
-        return ConfigError(f"Postgres refused {doing}: {said}")
-    return ServiceUnavailable(f"Postgres is unavailable while {doing}: {said}")
 
 
 class Store:

@@ -12,7 +12,7 @@ from typing import Final
 import structlog
 
 from pipeline.processes import die_with_parent
-from pipeline.worker import SHUTDOWN_SECONDS
+from pipeline.settings import SHUTDOWN_SECONDS
 
 _FIRST_RESTART_SECONDS: Final = 1.0
 _LONGEST_RESTART_SECONDS: Final = 30.0

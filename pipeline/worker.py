@@ -23,13 +23,11 @@ from pipeline.errors import ConfigError
 from pipeline.latest import LatestTable, LatestTables
 from pipeline.metrics import WorkerMetrics
 from pipeline.partition import SourcePartition
-from pipeline.settings import Settings
+from pipeline.settings import SHUTDOWN_SECONDS, Settings
 from pipeline.window import ClosedWindow, Rejected
 
 # Offsets of safe windows are committed together this often; what a crash repeats meanwhile is skipped by the sink.
 COMMIT_INTERVAL_SECONDS: Final = 1.0
-# Source: metadatabatcher's final flush has 15 s too.
-SHUTDOWN_SECONDS: Final = 15.0
 # Chunks that may wait in the stream; each has some thousand records.
 _STREAM_BUFFER_CHUNKS: Final = 64
 _FETCH_BYTES: Final = 4 * 1024 * 1024

@@ -135,6 +135,12 @@ def test_add_of_unequal_lengths_names_them_all_and_queues_nothing(producer, sent
     assert sent() == []
 
 
+def test_add_of_a_time_outside_the_years_1_to_9999_is_refused(producer):
+    far = datetime(9999, 12, 31, 23, tzinfo=timezone(timedelta(hours=-14)))
+    with pytest.raises(ValueError, match="outside the years 1 to 9999"):
+        producer.add(A1, ["a"], ["1"], [""], far)
+
+
 @pytest.mark.parametrize("naive", [datetime(2024, 1, 1), [T0, datetime(2024, 1, 1)]])
 def test_add_of_a_naive_time_is_refused_and_queues_nothing(producer, sent, naive):
     with pytest.raises(ValueError, match="2024-01-01T00:00:00 has no time zone"):

@@ -11,7 +11,8 @@ from pipeline.agent_ids import MAX_IDS_PER_PAYLOAD, NOTIFY_CHANNEL, decode_agent
 from pipeline.batch import Batch, Row, Source, Window
 from pipeline.errors import ConfigError, ProgressGap, SchemaMismatch, ServiceUnavailable
 from pipeline.migrations import migrate
-from pipeline.store import PartitionId, Received, Store, translated_errors
+from pipeline.postgres_errors import translated_errors
+from pipeline.store import PartitionId, Received, Store
 
 pytestmark = pytest.mark.services
 

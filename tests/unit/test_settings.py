@@ -136,3 +136,9 @@ def test_override_of_none_leaves_the_environment(monkeypatch):
 def test_override_with_a_name_that_is_no_setting_is_refused():
     with pytest.raises(ConfigError, match="PATRITIONS"):
         load_settings(patritions=3)
+
+
+def test_one_topic_for_two_roles_is_refused(monkeypatch):
+    monkeypatch.setenv("AGENT_METADATA_BATCHES_TOPIC", "agent-metadata.events.v1")
+    with pytest.raises(ConfigError, match="must be three topics"):
+        load_settings()

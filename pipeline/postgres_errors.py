@@ -1,0 +1,48 @@
+"""Tell Postgres's errors apart by SQLSTATE: what to try again, what to dead-letter, what to stop at."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import asyncpg
+
+from pipeline.errors import ConfigError, PipelineError, RowRejected, SchemaMismatch, ServiceUnavailable
+
+# What a SQLSTATE's class, its first two characters, asks for. Anything else counts as an outage: holding a batch back
+# loses nothing, a dead letter might.
+_DATA_ERRORS: Final = ("22", "23")
+_CONFIG_ERRORS: Final = ("0A", "28", "3D", "3F", "42")
+
+
+@asynccontextmanager
+async def translated_errors(doing: str) -> AsyncIterator[None]:
+    """Translate asyncpg's errors into ours, by SQLSTATE and never by message text.
+
+    Raises:
+        RowRejected: the data itself is refused (classes 22, 23).
+        SchemaMismatch, ConfigError: tables, rights, the password or the database are wrong (28, 3D, 3F, 42).
+        ServiceUnavailable: all else, as connection, resources, locks, shutdown, read-only.
+    """
+    try:
+        yield
+    except asyncpg.PostgresError as error:
+        raise _translate(error, doing) from error
+    except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
+        detail = str(error) or type(error).__name__
+        raise ServiceUnavailable(
+            f"Postgres did not answer while {doing}: {detail}; is it up, and DATABASE_URL right?"
+        ) from error
+
+
+def _translate(error: asyncpg.PostgresError, doing: str) -> PipelineError:
+    state = error.sqlstate or ""
+    said = f"{str(error).splitlines()[0]} (SQLSTATE {state})"
+    if state.startswith(_DATA_ERRORS):
+        return RowRejected(said, sqlstate=state)
+    if state == "42P01" or state == "42703":
+        return SchemaMismatch(f"{said}: run `agent-metadata db migrate`")
+    if state.startswith(_CONFIG_ERRORS):
+        return ConfigError(f"Postgres refused {doing}: {said}")
+    return ServiceUnavailable(f"Postgres is unavailable while {doing}: {said}")
