@@ -107,7 +107,7 @@ async def run_sink(settings: Settings) -> None:
     publisher = Publisher(settings.client_config())
     registry = CollectorRegistry()
     batches = topics["batches"]
-    consumer, sink = _wire_sink(settings, batches, store, publisher, SinkMetrics(registry), fail)
+    consumer, sink = wire_sink(settings, batches, store, publisher, SinkMetrics(registry), fail)
     _serve_metrics(settings, registry)
     _on_stop_signals(stop.set)
     tune_garbage_collector()
@@ -132,7 +132,7 @@ async def run_sink(settings: Settings) -> None:
     _log.info("sink_stopped")
 
 
-def _wire_sink(
+def wire_sink(
     settings: Settings,
     batches: TopicFacts,
     store: Store,
@@ -140,6 +140,8 @@ def _wire_sink(
     metrics: SinkMetrics,
     fail: Callable[[BaseException], None],
 ) -> tuple[BatchConsumer, Sink]:
+    """Make a sink and its consumer, ready to be started; `fail` is told what they can't go on from."""
+
     async def positions(partitions: Sequence[int]) -> dict[int, int]:
         while True:
             try:

@@ -77,6 +77,7 @@ class Worker:
         # What waited in the topic when a partition was assigned, until it has been read.
         self._backlog_ends: dict[int, int] = {}
         self._committable: dict[TP, int] = {}
+        self.folded_records = 0  # since the start, in whatever windows
         self._failure: BaseException | None = None
         self._stop = asyncio.Event()
         self.app = _new_app(settings)
@@ -95,7 +96,7 @@ class Worker:
     @property
     def is_assigned(self) -> bool:
         """Tell whether this worker owns partitions now."""
-        return bool(self.app.consumer.assignment()) if self.app.started else False
+        return bool(self._partitions)
 
     def stop(self) -> None:
         """Ask `run` to close all windows, publish and commit them, and return."""
@@ -143,6 +144,7 @@ class Worker:
         for records in chunk.slices():
             self._metrics.records.inc(len(records))
             await partition.take(records)
+            self.folded_records += len(records)
         partition.next_offset = chunk.next_offset
         backlog_end = self._backlog_ends.get(number)
         if backlog_end is not None and chunk.next_offset >= backlog_end:
