@@ -25,7 +25,7 @@ from pipeline.migrations import migrate, migration_status
 from pipeline.producer import MetadataProducer
 from pipeline.report import Report, canonical_agent_id, decode_report
 from pipeline.roles import connected, listener, run_sink, run_worker
-from pipeline.settings import Settings, load_settings
+from pipeline.settings import Settings, describe_settings, load_settings
 from pipeline.simulate import Oracle, reports, send_at_pace
 from pipeline.supervise import Supervisor
 
@@ -287,6 +287,18 @@ def demo(
         Console().print(table)
     if summary["mismatched_rows"]:
         raise PipelineError(f"{summary['mismatched_rows']} rows differ from what was produced")
+
+
+@app.command()
+def config(as_json: JsonOption = False) -> None:
+    """Print the settings in force and where each comes from: environment, file or default. Secrets are masked."""
+    described = describe_settings(_settings())
+    if as_json:
+        print(json.dumps({variable: {"value": value, "origin": origin} for variable, value, origin in described}))  # noqa: T201
+        return
+    width = max(len(variable) for variable, _, _ in described)
+    for variable, value, origin in described:
+        print(f"{variable:{width}}  {value}  ({origin})")  # noqa: T201
 
 
 @topics_app.command("create")

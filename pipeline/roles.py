@@ -215,15 +215,16 @@ async def connected(settings: Settings) -> AsyncIterator[Any]:
         await connection.close()
 
 
-async def connect(settings: Settings) -> Any:
-    """Open one connection to the database; the caller closes it.
+async def connect(settings: Settings, *, to_listen: bool = False) -> Any:
+    """Open one connection to the database, by DATABASE_LISTEN_URL if it is to LISTEN; the caller closes it.
 
     Raises:
         ServiceUnavailable, ConfigError: it can't be reached, or refuses us, or its URL is none.
     """
+    url = (to_listen and settings.database_listen_url) or settings.database_url
     async with translated_errors("connecting"):
         try:
-            return await asyncpg.connect(settings.database_url.get_secret_value(), timeout=CONNECT_TIMEOUT_SECONDS)
+            return await asyncpg.connect(url.get_secret_value(), timeout=CONNECT_TIMEOUT_SECONDS)
         except ValueError as error:
             # Only asyncpg's own words: Python's may quote a part of the password.
             said = str(error) if isinstance(error, asyncpg.InterfaceError) else type(error).__name__
@@ -234,7 +235,7 @@ async def connect(settings: Settings) -> Any:
 
 def listener(settings: Settings, agent_ids: Iterable[UUID] | None) -> MetadataListener:
     """Make a listener of some agents, or of all (None)."""
-    return MetadataListener(lambda: connect(settings), read_rows, agent_ids)
+    return MetadataListener(lambda: connect(settings, to_listen=True), read_rows, agent_ids)
 
 
 async def _require_topics(settings: Settings) -> dict[str, TopicFacts]:

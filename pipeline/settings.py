@@ -1,17 +1,23 @@
-"""Settings: environment variables over defaults, checked before anything starts."""
+"""Settings: environment variables over a TOML file over defaults, checked before anything starts."""
 
 from __future__ import annotations
 
+import difflib
 import logging
+import os
+import tomllib
+from collections.abc import Iterable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from pipeline.errors import ConfigError
 
 PREFIX = "AGENT_METADATA_"
+CONFIG_FILE_VARIABLE: Final = "AGENT_METADATA_CONFIG_FILE"
 # How long a role that is told to stop may bring out what it holds. Source: metadatabatcher's final flush.
 SHUTDOWN_SECONDS: Final = 15.0
 # Source: Kafka's org.apache.kafka.common.internals.Topic.
@@ -21,10 +27,11 @@ _TOPIC_NAME: Final = r"^[a-zA-Z0-9._-]{1,249}$"
 class Settings(BaseSettings):
     """What an operator may set; each field's environment variable is its name in capitals behind AGENT_METADATA_.
 
-    KAFKA_BOOTSTRAP_SERVERS and DATABASE_URL are shared with other programs and carry no prefix.
+    KAFKA_BOOTSTRAP_SERVERS, DATABASE_URL and DATABASE_LISTEN_URL are shared with other programs and carry no prefix.
+    In the TOML file that AGENT_METADATA_CONFIG_FILE names, a setting is called as its field here.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, populate_by_name=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, populate_by_name=True, extra="forbid")
 
     kafka_bootstrap_servers: str = Field(
         default="localhost:9092",
@@ -35,6 +42,11 @@ class Settings(BaseSettings):
         default=SecretStr("postgresql://localhost/agent_metadata"),
         validation_alias="DATABASE_URL",
         description="postgresql:// URL of the database that holds workspace_agent_metadata",
+    )
+    database_listen_url: SecretStr | None = Field(
+        default=None,
+        validation_alias="DATABASE_LISTEN_URL",
+        description="for listeners, where DATABASE_URL leads through a pool that can't LISTEN; unset: DATABASE_URL",
     )
     events_topic: str = Field(default="agent-metadata.events.v1", pattern=_TOPIC_NAME, description="reports of agents")
     batches_topic: str = Field(
@@ -83,10 +95,10 @@ class Settings(BaseSettings):
                 raise ValueError(f"{server.strip()!r} is not host:port")
         return value
 
-    @field_validator("database_url")
+    @field_validator("database_url", "database_listen_url")
     @classmethod
-    def _is_postgres_url(cls, value: SecretStr) -> SecretStr:
-        if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+    def _is_postgres_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
             raise ValueError("must start with postgresql://")
         return value
 
@@ -95,6 +107,18 @@ class Settings(BaseSettings):
         if len(set(self.topic_names.values())) < len(self.topic_names):
             raise ValueError("EVENTS_TOPIC, BATCHES_TOPIC and DEAD_LETTER_TOPIC must be three topics")
         return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put what counts more first: the command line, the environment, the file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file())
 
     @property
     def worker_group(self) -> str:
@@ -137,10 +161,47 @@ def load_settings(**overrides: Any) -> Settings:
     Raises:
         ConfigError: names the setting, its value and what is allowed; a secret's value is never shown.
     """
+    known = {_variable(name) for name in Settings.model_fields} | {CONFIG_FILE_VARIABLE}
+    for name in os.environ:
+        if name.startswith(PREFIX) and name not in known:
+            raise ConfigError(f"{name} is no setting{_nearest(name, known)}")
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
         raise ConfigError("; ".join(_complaint(item) for item in error.errors())) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{_config_file()} is not TOML: {error}") from None
+
+
+def describe_settings(settings: Settings) -> list[tuple[str, str, str]]:
+    """List (variable, value, origin) of each setting; secrets are masked, the origin is where the value came from."""
+    file = _config_file()
+    in_file = tomllib.loads(file.read_text(encoding="utf-8")) if file else {}
+    described = []
+    for name in Settings.model_fields:
+        variable, value = _variable(name), getattr(settings, name)
+        origin = "environment" if variable in os.environ else str(file) if name in in_file else "default"
+        described.append((variable, "" if value is None else str(value), origin))
+    return described
+
+
+def _config_file() -> Path | None:
+    name = os.environ.get(CONFIG_FILE_VARIABLE)
+    if not name:
+        return None
+    file = Path(name)
+    if not file.is_file():
+        raise ConfigError(f"{CONFIG_FILE_VARIABLE}={name}: there is no such file")
+    return file
+
+
+def _variable(name: str) -> str:
+    return str(Settings.model_fields[name].validation_alias or PREFIX + name.upper())
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _complaint(item: Any) -> str:
@@ -148,7 +209,8 @@ def _complaint(item: Any) -> str:
     if not item["loc"]:  # about several settings
         return str(problem)
     name = str(item["loc"][0])
-    field = Settings.model_fields.get(name)
-    variable = name if name.isupper() else str((field and field.validation_alias) or PREFIX + name.upper())
+    if item["type"] == "extra_forbidden":
+        return f"{name} is no setting{_nearest(name, Settings.model_fields)}"
+    variable = _variable(name) if name in Settings.model_fields else name
     shown = "" if "url" in name.lower() else f"={item['input']!r}"
     return f"{variable}{shown}: {problem[0].lower()}{problem[1:]}"

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.settings import PREFIX, Settings, load_settings
+from pipeline.settings import PREFIX, Settings, describe_settings, load_settings
 
 VARIABLES = {
     name: str(field.validation_alias or PREFIX + name.upper()) for name, field in Settings.model_fields.items()
@@ -61,7 +61,7 @@ def test_wrong_variable_is_named_with_its_value_and_what_is_allowed(monkeypatch,
 
 
 def test_wrong_variables_cover_every_setting():
-    assert {variable for variable, *_ in WRONG} | {"DATABASE_URL"} == set(VARIABLES.values())
+    assert {variable for variable, *_ in WRONG} | {"DATABASE_URL", "DATABASE_LISTEN_URL"} == set(VARIABLES.values())
 
 
 @pytest.mark.parametrize("name", sorted(VARIABLES))
@@ -134,7 +134,7 @@ def test_override_of_none_leaves_the_environment(monkeypatch):
 
 
 def test_override_with_a_name_that_is_no_setting_is_refused():
-    with pytest.raises(ConfigError, match="PATRITIONS"):
+    with pytest.raises(ConfigError, match="patritions is no setting; did you mean partitions"):
         load_settings(patritions=3)
 
 
@@ -142,3 +142,52 @@ def test_one_topic_for_two_roles_is_refused(monkeypatch):
     monkeypatch.setenv("AGENT_METADATA_BATCHES_TOPIC", "agent-metadata.events.v1")
     with pytest.raises(ConfigError, match="must be three topics"):
         load_settings()
+
+
+@pytest.fixture
+def config_file(monkeypatch, tmp_path):
+    file = tmp_path / "settings.toml"
+    monkeypatch.setenv("AGENT_METADATA_CONFIG_FILE", str(file))
+    return file
+
+
+def test_file_wins_over_defaults_and_the_environment_over_the_file(monkeypatch, config_file):
+    config_file.write_text("partitions = 3\nwindow_seconds = 0.5\nkafka_bootstrap_servers = 'file:1'\n")
+    monkeypatch.setenv("AGENT_METADATA_PARTITIONS", "4")
+    settings = load_settings()
+    assert (settings.partitions, settings.window_seconds, settings.kafka_bootstrap_servers) == (4, 0.5, "file:1")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("partitions = 0", "AGENT_METADATA_PARTITIONS=0: input should be greater than or equal to 1"),
+        ("partitons = 3", "partitons is no setting; did you mean partitions?"),
+        ("partitions = ", "is not TOML"),
+    ],
+)
+def test_wrong_file_is_refused(config_file, text, complaint):
+    config_file.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_settings()
+    assert complaint in str(refused.value)
+
+
+def test_missing_file_is_refused(config_file):
+    with pytest.raises(ConfigError, match="there is no such file"):
+        load_settings()
+
+
+def test_unknown_variable_is_refused_with_the_nearest_known_one(monkeypatch):
+    monkeypatch.setenv("AGENT_METADATA_WINDOW_SECONDS_", "1")
+    with pytest.raises(ConfigError, match="is no setting; did you mean AGENT_METADATA_WINDOW_SECONDS"):
+        load_settings()
+
+
+def test_description_names_origins_and_masks_secrets(monkeypatch, config_file):
+    config_file.write_text("partitions = 3\n")
+    monkeypatch.setenv("DATABASE_URL", "postgresql://user:secret@db/metadata")
+    described = {variable: rest for variable, *rest in describe_settings(load_settings())}
+    assert described["AGENT_METADATA_PARTITIONS"] == ["3", str(config_file)]
+    assert described["AGENT_METADATA_BATCH_SIZE"] == ["500", "default"]
+    assert described["DATABASE_URL"] == ["**********", "environment"]
