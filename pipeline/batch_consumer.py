@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ from pipeline.errors import ServiceUnavailable
 _POLL_SECONDS: Final = 0.1
 _RECORDS_PER_POLL: Final = 200
 _QUERY_SECONDS: Final = 10.0
+# Longer than any call that the thread makes between two polls.
+STUCK_SECONDS: Final = 30.0
 # Fetched but not yet applied batches, per process; the same again may wait inside librdkafka.
 MAX_BUFFERED_BYTES: Final = 64 * 1024 * 1024
 
@@ -71,7 +74,13 @@ class BatchConsumer:
             }
         )
         self._thread: asyncio.Task[None] | None = None
+        self._polled_at = time.monotonic()
         self.is_assigned = False
+
+    def why_stuck(self) -> str | None:
+        """Say for how long the consumer's thread has not polled, if that is too long."""
+        age = time.monotonic() - self._polled_at
+        return f"the consumer has not polled for {age:.0f} s" if age > STUCK_SECONDS else None
 
     def start(self) -> asyncio.Task[None]:
         """Join the group; the task ends with `close`, or with the error that the consumer can't go on from."""
@@ -154,6 +163,7 @@ class BatchConsumer:
         consumer.subscribe([self._topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked)
         try:
             while not self._is_closing.is_set():
+                self._polled_at = time.monotonic()
                 self._take_up()
                 self._regulate()
                 self._do_calls()

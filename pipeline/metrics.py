@@ -35,7 +35,9 @@ class WorkerMetrics:
         self.entries = Counter("agent_metadata_entries", "Entries folded.", registry=registry)
         self.windows = Counter("agent_metadata_windows", "Windows closed.", ["reason"], registry=registry)
         self.rows = Counter("agent_metadata_window_rows", "Rows of closed windows, after dedup.", registry=registry)
-        self.dead_letters = Counter("agent_metadata_dead_letters", "Records dead-lettered.", registry=registry)
+        self.dead_letters = Counter(
+            "agent_metadata_dead_letters", "Records dead-lettered.", ["reason"], registry=registry
+        )
         self.clamped_clocks = Counter(
             "agent_metadata_clamped_clocks",
             "Times set back because they were too far ahead of the broker's.",
@@ -84,10 +86,22 @@ class SinkMetrics:
         )
         self.rows_written = Counter("agent_metadata_rows_written", "Rows that changed.", registry=registry)
         self.notify_payloads = Counter("agent_metadata_notify_payloads", "NOTIFY payloads sent.", registry=registry)
+        self.rows_unchanged = Counter(
+            "agent_metadata_rows_unchanged",
+            "Rows given that changed nothing: older than what is held, the same, or undeclared.",
+            registry=registry,
+        )
+        self.outage_seconds = Gauge(
+            "agent_metadata_outage_seconds",
+            "How long batches have been held back now; 0 = not at all.",
+            registry=registry,
+        )
         self.failed_flushes = Counter(
             "agent_metadata_failed_flushes", "Transactions that failed and were tried again.", registry=registry
         )
-        self.dead_letters = Counter("agent_metadata_dead_letters", "Records or rows dead-lettered.", registry=registry)
+        self.dead_letters = Counter(
+            "agent_metadata_dead_letters", "Records or rows dead-lettered.", ["reason"], registry=registry
+        )
         self.lost_batches = Counter(
             "agent_metadata_retention_lost_batches",
             "Batches that retention deleted before they were applied.",

@@ -12,13 +12,14 @@ from uuid import UUID
 import asyncpg
 import structlog
 from confluent_kafka import Message
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from pipeline.batch import Row
 from pipeline.batch_consumer import BatchConsumer
 from pipeline.clock import SystemClock
 from pipeline.dead_letter import dead_letter_headers
-from pipeline.errors import ConfigError, PipelineError, RowRejected, ServiceUnavailable
+from pipeline.errors import ConfigError, RowRejected, ServiceUnavailable
+from pipeline.health import Heartbeat, serve_health
 from pipeline.listener import MetadataListener
 from pipeline.metrics import SinkMetrics, WorkerMetrics
 from pipeline.migrations import require_schema
@@ -76,7 +77,12 @@ async def run_worker(settings: Settings) -> None:
         clock=SystemClock(),
         metrics=WorkerMetrics(registry),
     )
-    _serve_metrics(settings, registry)
+    serve_health(
+        settings.metrics_port,
+        registry,
+        why_not_live=Heartbeat().why_stuck,
+        why_not_ready=lambda: None if worker.is_assigned else "no partitions are assigned",
+    )
     _on_stop_signals(worker.stop)
     tune_garbage_collector()
     _log.info("worker_started", group=settings.worker_group, topic=settings.events_topic)
@@ -108,7 +114,13 @@ async def run_sink(settings: Settings) -> None:
     registry = CollectorRegistry()
     batches = topics["batches"]
     consumer, sink = wire_sink(settings, batches, store, publisher, SinkMetrics(registry), fail)
-    _serve_metrics(settings, registry)
+    heartbeat = Heartbeat()
+    serve_health(
+        settings.metrics_port,
+        registry,
+        why_not_live=lambda: heartbeat.why_stuck() or consumer.why_stuck(),
+        why_not_ready=lambda: _why_sink_not_ready(consumer, sink),
+    )
     _on_stop_signals(stop.set)
     tune_garbage_collector()
     consuming = consumer.start()
@@ -130,6 +142,12 @@ async def run_sink(settings: Settings) -> None:
     if failures:
         raise failures[0]
     _log.info("sink_stopped")
+
+
+def _why_sink_not_ready(consumer: BatchConsumer, sink: Sink) -> str | None:
+    if not consumer.is_assigned:
+        return "no partitions are assigned, or Postgres has not said where to begin"
+    return "Postgres is away; batches are held back" if sink.is_holding else None
 
 
 def wire_sink(
@@ -252,16 +270,6 @@ async def _open_store(settings: Settings) -> Store:
         undeclared=settings.undeclared,
         notify=settings.notify == "on",
     )
-
-
-def _serve_metrics(settings: Settings, registry: CollectorRegistry) -> None:
-    if settings.metrics_port:
-        try:
-            start_http_server(settings.metrics_port, registry=registry)
-        except OSError as error:
-            raise PipelineError(
-                f"AGENT_METADATA_METRICS_PORT={settings.metrics_port} can't be served: {error.strerror}"
-            ) from error
 
 
 def _on_stop_signals(stop: Callable[[], None]) -> None:

@@ -167,7 +167,7 @@ class Sink:
                 batch = decode_batch(message.value())
             except DecodeError as error:
                 await self._dead_letter_record(message, str(error))
-                self._metrics.dead_letters.inc()
+                self._metrics.dead_letters.labels("undecodable").inc()
                 batch = None
             messages.append(message)
             received.append((message.offset(), batch))
@@ -188,11 +188,14 @@ class Sink:
         error = state.outcome.exception() if state.outcome else None
         if not self.is_holding:
             self.is_holding = True
+            held_since = time.monotonic()
+            self._metrics.outage_seconds.set_function(lambda: time.monotonic() - held_since)
             _log.warning("holding_batches_back", error=str(error), advice="they wait in Kafka; nothing is lost")
 
     def _resume(self) -> None:
         if self.is_holding:
             self.is_holding = False
+            self._metrics.outage_seconds.set_function(lambda: 0.0)
             _log.info("writing_again")
 
     def _observe(self, applied: Any, seconds: float) -> None:
@@ -207,7 +210,8 @@ class Sink:
         metrics.skipped_batches.inc(applied.skipped)
         metrics.rows_written.inc(applied.rows)
         metrics.notify_payloads.inc(applied.payloads)
-        metrics.dead_letters.inc(applied.rejected)
+        metrics.rows_unchanged.inc(applied.given - applied.rows - applied.rejected)
+        metrics.dead_letters.labels("row_rejected").inc(applied.rejected)
         if applied.lost:
             metrics.lost_batches.inc(applied.lost)
             _log.warning("batches_lost_to_retention", count=applied.lost)

@@ -49,6 +49,7 @@ class Applied:
     batches: list[Batch] = field(default_factory=list)
     skipped: int = 0
     lost: int = 0
+    given: int = 0
     rows: int = 0
     agent_ids: set[uuid.UUID] = field(default_factory=set)
     payloads: int = 0
@@ -137,6 +138,7 @@ class Store:
             reached = dict(progress)
             _choose(target, received, reached, applied, earliest)
             rows = merge(applied.batches)
+            applied.given = len(rows.keys)
             for start in range(0, len(rows.keys), ROWS_PER_STATEMENT):
                 part = rows.part(start, start + ROWS_PER_STATEMENT)
                 if reject is None:

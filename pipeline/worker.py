@@ -189,7 +189,7 @@ class Worker:
         self._metrics.windows.labels(closed.reason).inc()
         self._metrics.entries.inc(closed.entries)
         self._metrics.rows.inc(len(closed.rows))
-        self._metrics.dead_letters.inc(len(closed.rejected))
+        self._metrics.dead_letters.labels("undecodable").inc(len(closed.rejected))
         self._metrics.clamped_clocks.inc(closed.clamped)
 
     async def _commit(self) -> None:

@@ -1,0 +1,80 @@
+"""/metrics, /live and /ready of a role, served by a thread of their own: they answer when the event loop doesn't."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
+from typing import Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from pipeline.errors import ConfigError
+
+# A turn of the event loop takes milliseconds; one that takes this long is stuck.
+STUCK_SECONDS: Final = 10.0
+
+# Says why something is not so, or None if it is.
+Why = Callable[[], str | None]
+
+
+class Heartbeat:
+    """Beats on the event loop; its age tells other threads whether the loop still turns."""
+
+    def __init__(self) -> None:
+        self._at = time.monotonic()
+        self._task = asyncio.create_task(self._beat())
+
+    def why_stuck(self) -> str | None:
+        """Say for how long the event loop has not turned, if that is too long."""
+        age = time.monotonic() - self._at
+        return f"the event loop has not turned for {age:.0f} s" if age > STUCK_SECONDS else None
+
+    async def _beat(self) -> None:
+        while True:
+            self._at = time.monotonic()
+            await asyncio.sleep(1.0)
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Say nothing: probes and scrapes are no news."""
+
+
+def serve_health(port: int, registry: CollectorRegistry, *, why_not_live: Why, why_not_ready: Why) -> None:
+    """Serve until the process ends; a port of 0 serves nothing.
+
+    /live and /ready answer 200, or 503 with the reason in the body.
+
+    Raises:
+        ConfigError: the port can't be had.
+    """
+    if not port:
+        return
+    metrics = make_wsgi_app(registry)
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "/")
+        if path == "/metrics":
+            answered: Iterable[bytes] = metrics(environ, start_response)
+            return answered
+        if path not in ("/live", "/ready"):
+            start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+            return [b"here are /metrics, /live and /ready\n"]
+        why = (why_not_live if path == "/live" else why_not_ready)()
+        status = "200 OK" if why is None else "503 Service Unavailable"
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{why or 'ok'}\n".encode()]
+
+    try:
+        server = make_server("", port, answer, server_class=_Server, handler_class=_Quiet)
+    except OSError as error:
+        raise ConfigError(f"AGENT_METADATA_METRICS_PORT={port} can't be served: {error.strerror}") from error
+    threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
