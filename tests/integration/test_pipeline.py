@@ -10,6 +10,7 @@ import pytest
 from pipeline.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.batch import decode_batch
 from pipeline.publisher import Publisher
+from pipeline.topic_admin import create_topics, load_topic_specs
 from tests.deployment import consume_all, eventually, flatten
 
 pytestmark = pytest.mark.services
@@ -142,8 +143,11 @@ async def test_second_worker_joins_and_leaves_and_nothing_is_lost(deploy):
 
 async def test_events_and_batches_of_unequal_partitions_are_refused(deploy):
     pipeline = await deploy()
-    pipeline.environment["AGENT_METADATA_BATCHES_TOPIC"] = pipeline.settings.dead_letter_topic
+    other = f"other.{pipeline.run_id}"
+    batches = load_topic_specs(names={"batches": other}, partitions=2)["batches"]
+    create_topics(pipeline.settings.client_config(), {"batches": batches})
+    pipeline.environment["AGENT_METADATA_BATCHES_TOPIC"] = other
     worker = pipeline.start("worker")
     assert worker.wait(30) != 0
-    assert "has 4 partitions and" in pipeline.log(worker)
+    assert f"has 4 partitions and {other} has 2" in pipeline.log(worker)
     assert "Traceback" not in pipeline.log(worker)
