@@ -98,11 +98,14 @@ def ours(topic: str, servers: str, entries: int, entries_a_report: int, batches:
         async def no_dead_letters(*_: Any) -> Any:
             raise AssertionError("no record of the benchmark is bad")
 
+        async def events_topic_id() -> str:
+            return "bench"
+
         worker = Worker(
             settings,
             send=publisher.send,
             dead_letter=no_dead_letters,
-            events_topic_id="bench",
+            events_topic_id=events_topic_id,
             partitions=harness.PARTITIONS,
             clock=SystemClock(),
             metrics=WorkerMetrics(registry),

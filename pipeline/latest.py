@@ -123,6 +123,14 @@ class LatestTable(faust.Table):
 class LatestTables(TableManager):
     """A table manager for tables without changelogs: no topic to declare, to assign or to recover from."""
 
+    def __bool__(self) -> bool:
+        """Say that there is nothing to recover.
+
+        Faust then seeks, and only then lets records flow; with tables to recover it does so the other way round, and
+        records that were on their way are skipped.
+        """
+        return False
+
     def add(self, table: Any) -> Any:
         """Register a table."""
         self[table.name] = table

@@ -71,6 +71,8 @@ class SourcePartition:
 
     async def close_caught_up(self) -> None:
         """Close the open window before its time: what waited in the topic has waited long enough."""
+        if self._is_ending:
+            return  # the window of this number may be another owner's by now
         self._end = self._windows.aligned_end(self.number, self._clock.now())
         await self._close("scheduled")
 

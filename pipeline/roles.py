@@ -68,11 +68,14 @@ async def run_worker(settings: Settings) -> None:
         )
         return await publisher.send(settings.dead_letter_topic, record.value, key=record.key, headers=headers)
 
+    async def events_topic_id() -> str:
+        return (await _require_topics(settings))["events"].topic_id
+
     worker = Worker(
         settings,
         send=publisher.send,
         dead_letter=dead_letter,
-        events_topic_id=topics["events"].topic_id,
+        events_topic_id=events_topic_id,
         partitions=topics["events"].partitions,
         clock=SystemClock(),
         metrics=WorkerMetrics(registry),
@@ -159,17 +162,21 @@ def wire_sink(
     fail: Callable[[BaseException], None],
 ) -> tuple[BatchConsumer, Sink]:
     """Make a sink and its consumer, ready to be started; `fail` is told what they can't go on from."""
+    topic_id = batches.topic_id
 
     async def positions(partitions: Sequence[int]) -> dict[int, int]:
+        nonlocal topic_id
         while True:
             try:
-                return dict(await store.next_offsets(batches.topic_id, partitions))
+                # Asked for anew each time: the topic may have been deleted and made anew since.
+                topic_id = (await _require_topics(settings))["batches"].topic_id
+                return dict(await store.next_offsets(topic_id, partitions))
             except ServiceUnavailable as error:
-                _log.warning("waiting_for_postgres", error=str(error))
+                _log.warning("waiting_to_begin", error=str(error))
                 await asyncio.sleep(1.0)
 
     async def apply(partition: int, received: Sequence[tuple[int, Any]], reject: Any, *, earliest: int) -> Any:
-        target = PartitionId(batches.topic_id, partition, batches.name)
+        target = PartitionId(topic_id, partition, batches.name)
         return await store.apply(target, [Received(*item) for item in received], reject, earliest=earliest)
 
     async def dead_letter_record(message: Message, reason: str) -> None:

@@ -19,7 +19,7 @@ from faust.types import TP
 from pipeline.batch import Source, Window, encode_batch, split
 from pipeline.chunks import Chunk, ChunkApp, ChunkConsumer, ChunkSchema
 from pipeline.clock import Clock
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TopicMismatch
 from pipeline.latest import LatestTable, LatestTables
 from pipeline.metrics import WorkerMetrics
 from pipeline.partition import SourcePartition
@@ -54,7 +54,10 @@ DeadLetter = Callable[[Rejected, int], Awaitable[asyncio.Future[None]]]
 
 
 class Worker:
-    """Wires Faust's app to source partitions; `run` returns after a clean stop and raises after a failure."""
+    """Wires Faust's app to source partitions; `run` returns after a clean stop and raises after a failure.
+
+    `events_topic_id()` asks Kafka for the id of the events topic as it is now.
+    """
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class Worker:
         *,
         send: Send,
         dead_letter: DeadLetter,
-        events_topic_id: str,
+        events_topic_id: Callable[[], Awaitable[str]],
         partitions: int,
         clock: Clock,
         metrics: WorkerMetrics,
@@ -70,7 +73,8 @@ class Worker:
         self._settings = settings
         self._send = send
         self._dead_letter = dead_letter
-        self._events_topic_id = events_topic_id
+        self._ask_events_topic_id = events_topic_id
+        self._events_topic_id = ""
         self._clock = clock
         self._metrics = metrics
         self._partitions: dict[int, SourcePartition] = {}
@@ -89,7 +93,7 @@ class Worker:
         ).tumbling(settings.window_seconds)
         events = self.app.topic(settings.events_topic, schema=ChunkSchema(), acks=False)
         self.app.agent(events, name="fold")(self._fold)
-        self.app.on_partitions_assigned.connect(self._on_assigned)
+        self.app.on_rebalance_complete.connect(self._on_rebalance_complete)
         self.app.on_partitions_revoked.connect(self._on_revoked)
         self.app.on_before_shutdown.connect(self._on_shutdown)
 
@@ -135,12 +139,11 @@ class Worker:
         if partition is None:
             return  # revoked while this chunk was on its way; its new owner reads it
         expected = partition.next_offset if partition.next_offset is not None else self._consumer.committed_offset(tp)
-        if (
-            expected is not None
-            and chunk.start > expected
-            and not await self._account_for_gap(tp, expected, chunk.start)
-        ):
-            return
+        if expected is not None and chunk.start != expected:
+            reconciled = await self._reconcile(tp, expected, chunk)
+            if reconciled is None:
+                return
+            chunk = reconciled
         for records in chunk.slices():
             self._metrics.records.inc(len(records))
             await partition.take(records)
@@ -152,13 +155,21 @@ class Worker:
             if chunk.start < backlog_end:
                 await partition.close_caught_up()
 
-    async def _account_for_gap(self, tp: TP, expected: int, start: int) -> bool:
-        """Records are missing before this chunk: go back for them, unless retention has deleted them."""
+    async def _reconcile(self, tp: TP, expected: int, chunk: Chunk) -> Chunk | None:
+        """Make a chunk follow the one before it; None if it is to be passed over.
+
+        Raises:
+            TopicMismatch: the topic was deleted and made anew; a new start reads it from its beginning.
+        """
+        if chunk.start < expected:  # after a seek back, or of another topic of the same name
+            if self._consumer.highwater(tp) < expected:
+                raise TopicMismatch(f"{tp.topic} was made anew under this worker: start it again")
+            return chunk._replace(start=expected) if chunk.next_offset > expected else None
         earliest = (await self._consumer.earliest_offsets(tp))[tp]
         if earliest <= expected:
-            _log.warning("chunk_skipped_going_back", partition=tp.partition, expected=expected, got=start)
+            _log.warning("chunk_skipped_going_back", partition=tp.partition, expected=expected, got=chunk.start)
             await self._consumer.seek(tp, expected)
-            return False
+            return None
         self._metrics.lost_records.inc(earliest - expected)
         _log.warning(
             "records_lost_to_retention",
@@ -166,7 +177,7 @@ class Worker:
             count=earliest - expected,
             advice="lengthen the events topic's retention.ms or add workers",
         )
-        return True
+        return chunk
 
     async def _deliver(self, number: int, closed: ClosedWindow) -> None:
         """Publish a closed window and, once all of it is acknowledged, make its offsets committable."""
@@ -204,10 +215,17 @@ class Worker:
                 await self._commit()
             self._metrics.show_open_pairs(self.table.open_pairs())
 
-    async def _on_assigned(self, _app: faust.App, assigned: set[TP], **_: Any) -> None:
-        numbers = sorted(tp.partition for tp in assigned)
+    async def _on_rebalance_complete(self, app: faust.App, **_: Any) -> None:
+        """Take up the partitions; records don't flow before this returns."""
+        await self._abandon(self._partitions)  # of a rebalance that another one overtook
+        generation, assigned = app.consumer_generation_id, app.consumer.assignment()
+        # Asked for anew each time: the topic may have been deleted and made anew since.
+        self._events_topic_id = await self._ask_events_topic_id()
         ends = await self._consumer.highwaters(*assigned)
+        if app.consumer_generation_id != generation:
+            return
         self._backlog_ends = {tp.partition: end for tp, end in ends.items()}
+        numbers = sorted(tp.partition for tp in assigned)
         for number in numbers:
             self._partitions[number] = SourcePartition(
                 number, windows=self.table, clock=self._clock, deliver=self._deliver, on_failure=self._fail
@@ -231,9 +249,13 @@ class Worker:
         except TimeoutError:
             _log.warning("windows_left_unpublished", reason=reason, advice="they will be read again from Kafka")
         finally:
-            for partition in partitions.values():
-                await partition.abandon()
+            await self._abandon(partitions)
             self._committable.clear()
+
+    async def _abandon(self, partitions: dict[int, SourcePartition]) -> None:
+        while partitions:
+            _, partition = partitions.popitem()
+            await partition.abandon()
 
     def _fail(self, error: BaseException) -> None:
         self._failure = self._failure or error

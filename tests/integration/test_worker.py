@@ -5,6 +5,7 @@ import uuid
 
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
+from faust.types import TP
 from prometheus_client import CollectorRegistry
 
 from pipeline.batch import decode_batch
@@ -26,6 +27,8 @@ class Outlet:
         self.sent = []
         self.withheld = {}
         self.withholding = set()
+        self.may_begin = asyncio.Event()
+        self.may_begin.set()
 
     async def send(self, topic, value, *, partition=-1, key=None, headers=()):
         self.sent.append((partition, decode_batch(value)))
@@ -38,19 +41,25 @@ class Outlet:
 
 
 @pytest.fixture
-async def running(deploy):
+async def running(deploy, request):
     """A worker under way: (pipeline, outlet, worker)."""
     pipeline = await deploy(window_seconds=0.1)
     outlet = Outlet()
+    if request.node.get_closest_marker("held_up"):
+        outlet.may_begin.clear()
 
     async def no_dead_letters(rejected, partition):
         raise AssertionError(rejected.reason)
+
+    async def events_topic_id():
+        await outlet.may_begin.wait()
+        return "events-id"
 
     worker = Worker(
         pipeline.settings,
         send=outlet.send,
         dead_letter=no_dead_letters,
-        events_topic_id="events-id",
+        events_topic_id=events_topic_id,
         partitions=4,
         clock=SystemClock(),
         metrics=WorkerMetrics(CollectorRegistry()),
@@ -97,3 +106,25 @@ async def test_backlog_is_written_as_soon_as_it_is_read(deploy):
     await pipeline.started("sink")
     await pipeline.started("worker")
     await eventually("the row is there", pipeline.table)
+
+
+async def test_records_read_twice_are_folded_once(running):
+    pipeline, _, worker = running
+    for number in range(3):
+        produce(pipeline, 0, k=str(number))
+    await eventually("they are folded", lambda: worker.folded_records == 3)
+    await worker.app.consumer.seek(TP(pipeline.settings.events_topic, 0), 0)
+    produce(pipeline, 0, k="3")
+    await eventually("the new one is folded", lambda: worker.folded_records >= 4)
+    assert worker.folded_records == 4
+
+
+@pytest.mark.held_up
+async def test_records_don_t_flow_before_the_partitions_are_taken_up(running):
+    pipeline, outlet, worker = running
+    for number in range(3):
+        produce(pipeline, number, k="v")
+    await eventually("partitions are assigned", lambda: worker.app.started and worker.app.consumer.assignment())
+    await asyncio.sleep(1)  # long enough for a fetch to bring the records, were they let through
+    outlet.may_begin.set()
+    await eventually("all are folded", lambda: worker.folded_records == 3)

@@ -63,11 +63,15 @@ class Batcher:
         consumer.start()
         self._stack.push_async_callback(consumer.close)
         self._stack.callback(sink.lose, range(1))
+
+        async def events_topic_id() -> str:
+            return topics["events"].topic_id
+
         self._worker = Worker(
             settings,
             send=publisher.send,
             dead_letter=lambda *_: pytest.fail("nothing here is bad"),
-            events_topic_id=topics["events"].topic_id,
+            events_topic_id=events_topic_id,
             partitions=1,
             clock=self.clock,
             metrics=WorkerMetrics(CollectorRegistry()),
