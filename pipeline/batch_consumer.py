@@ -52,6 +52,7 @@ class BatchConsumer:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._is_closing = threading.Event()
+        self._has_ended = threading.Event()
         self._buffered_bytes = 0  # written on the event loop only
         self._is_paused = False
         self._committable: dict[int, int] = {}
@@ -105,14 +106,14 @@ class BatchConsumer:
         """Go back (or on) to an offset of a partition this consumer owns; without effect if it doesn't."""
         try:
             await self._in_thread(self._consumer.seek, TopicPartition(self._topic, partition, offset))
-        except KafkaException as error:
+        except (KafkaException, ServiceUnavailable) as error:
             _log.warning("seek_failed", partition=partition, error=str(error))
 
     async def ends(self) -> dict[int, int]:
         """Return the end offsets, now, of the partitions this consumer owns and that hold anything.
 
         Raises:
-            ServiceUnavailable: Kafka did not answer.
+            ServiceUnavailable: Kafka did not answer, or the consumer has ended.
         """
         owned = await self._in_thread(self._consumer.assignment)
         marks = {item.partition: await self._watermarks(item.partition) for item in owned}
@@ -140,12 +141,16 @@ class BatchConsumer:
         """Have the consumer's own thread do a call: from another it would wait for a consume() that waits for it."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._calls.put((future, call, arguments))
+        if self._has_ended.is_set():
+            self._refuse_calls()
         return await asyncio.wrap_future(future)
 
     def _do_calls(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 future, call, arguments = self._calls.get_nowait()
+                if not future.set_running_or_notify_cancel():
+                    continue  # who asked was cancelled meanwhile: a partition was lost
                 try:
                     future.set_result(call(*arguments))
                 except (KafkaException, RuntimeError) as error:
@@ -157,6 +162,13 @@ class BatchConsumer:
                 self._consumer.commit(offsets=offsets, asynchronous=True)
             except KafkaException as error:
                 _log.debug("commit_failed", error=str(error))
+
+    def _refuse_calls(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                future, *_ = self._calls.get_nowait()
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(ServiceUnavailable(f"the consumer of {self._topic} has ended"))
 
     def _run(self) -> None:
         consumer = self._consumer
@@ -172,6 +184,8 @@ class BatchConsumer:
                     self._hand_over([first, *consumer.consume(_RECORDS_PER_POLL, 0)])
             self._do_calls()
         finally:
+            self._has_ended.set()
+            self._refuse_calls()
             consumer.close()
 
     def _hand_over(self, messages: list[Message]) -> None:
