@@ -235,6 +235,7 @@ class BatchConsumer:
         if self._awaited is not None and self._awaited.done():
             partitions, self._awaited = self._awaited.result(), None
             self._consumer.assign(partitions)
+            self._consumer.resume(partitions)  # librdkafka keeps a partition paused from one assignment to the next
             self._is_paused = False
             self.is_assigned = True
             _log.info("partitions_assigned", topic=self._topic, partitions=sorted(p.partition for p in partitions))

@@ -1,11 +1,15 @@
 """The sink's consumer: what is asked of its thread, whatever becomes of who asked."""
 
 import asyncio
+from contextlib import asynccontextmanager
 
 import pytest
+from confluent_kafka import Producer
 
+from pipeline import batch_consumer
 from pipeline.batch_consumer import BatchConsumer
 from pipeline.errors import ServiceUnavailable
+from tests.deployment import eventually
 
 
 @pytest.fixture
@@ -43,3 +47,60 @@ async def test_call_after_the_consumer_ended_is_refused(consumer):
     await consumer.close()
     with pytest.raises(ServiceUnavailable, match="has ended"):
         await asyncio.wait_for(consumer.ends(), 10)
+
+
+class Reader:
+    """Takes what a consumer delivers."""
+
+    def __init__(self):
+        self.offsets = []
+        self.losses = 0
+
+    async def positions(self, _partitions):
+        return {0: len(self.offsets)}
+
+    def take(self, _partition, messages):
+        self.offsets += [message.offset() for message in messages]
+
+    def lose(self, _partitions):
+        self.losses += 1
+
+    @asynccontextmanager
+    async def consuming(self, settings):
+        consumer = BatchConsumer(
+            settings.client_config(),
+            topic=settings.batches_topic,
+            group=settings.sink_group,
+            session_timeout_seconds=6,
+            positions=self.positions,
+            on_records=self.take,
+            on_lost=self.lose,
+        )
+        consumer.start()
+        try:
+            yield consumer
+        finally:
+            await consumer.close()
+
+
+def produce(settings, *values):
+    producer = Producer(settings.client_config())
+    for value in values:
+        producer.produce(settings.batches_topic, value, partition=0)
+    assert producer.flush(10) == 0
+
+
+@pytest.mark.services
+async def test_partition_paused_before_a_rebalance_is_read_after_it(deploy, monkeypatch):
+    monkeypatch.setattr(batch_consumer, "MAX_BUFFERED_BYTES", 3000)
+    settings = (await deploy(partitions=1)).settings
+    reader, other = Reader(), Reader()
+    async with reader.consuming(settings) as consumer:
+        produce(settings, b"x" * 5000)
+        await eventually("the buffer is full", lambda: consumer._is_paused)
+        async with other.consuming(settings):
+            await eventually("there was a rebalance", lambda: reader.losses)
+            consumer.release(5000)
+        await eventually("the partition is back", lambda: consumer.is_assigned)
+        produce(settings, b"y")
+        await eventually("it is read on", lambda: 1 in reader.offsets, 20)
