@@ -55,6 +55,7 @@ class BatchConsumer:
         self._has_ended = threading.Event()
         self._buffered_bytes = 0  # written on the event loop only
         self._is_paused = False
+        self._begins: dict[int, int] = {}  # where partitions were taken up
         self._committable: dict[int, int] = {}
         self._calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[..., Any], Any]] = (
             queue.SimpleQueue()
@@ -110,14 +111,14 @@ class BatchConsumer:
             _log.warning("seek_failed", partition=partition, error=str(error))
 
     async def ends(self) -> dict[int, int]:
-        """Return the end offsets, now, of the partitions this consumer owns and that hold anything.
+        """Return the end offsets, now, of owned partitions that hold anything beyond where they were taken up.
 
         Raises:
             ServiceUnavailable: Kafka did not answer, or the consumer has ended.
         """
         owned = await self._in_thread(self._consumer.assignment)
         marks = {item.partition: await self._watermarks(item.partition) for item in owned}
-        return {partition: high for partition, (low, high) in marks.items() if high > low}
+        return {n: high for n, (low, high) in marks.items() if high > max(low, self._begins.get(n, 0))}
 
     async def earliest(self, partition: int) -> int:
         """Return the lowest offset that Kafka still has.
@@ -237,6 +238,7 @@ class BatchConsumer:
             self._consumer.assign(partitions)
             self._consumer.resume(partitions)  # librdkafka keeps a partition paused from one assignment to the next
             self._is_paused = False
+            self._begins = {p.partition: p.offset for p in partitions}
             self.is_assigned = True
             _log.info("partitions_assigned", topic=self._topic, partitions=sorted(p.partition for p in partitions))
 

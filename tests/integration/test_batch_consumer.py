@@ -104,3 +104,16 @@ async def test_partition_paused_before_a_rebalance_is_read_after_it(deploy, monk
         await eventually("the partition is back", lambda: consumer.is_assigned)
         produce(settings, b"y")
         await eventually("it is read on", lambda: 1 in reader.offsets, 20)
+
+
+@pytest.mark.services
+async def test_ends_leave_out_what_was_applied_before_the_start(deploy):
+    settings = (await deploy(partitions=1)).settings
+    produce(settings, b"x", b"y")
+    reader = Reader()
+    reader.offsets = [0, 1]  # applied by an earlier sink
+    async with reader.consuming(settings) as consumer:
+        await eventually("the partition is assigned", lambda: consumer.is_assigned)
+        assert await consumer.ends() == {}
+        produce(settings, b"z")
+        assert await consumer.ends() == {0: 3}
