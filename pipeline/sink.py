@@ -121,8 +121,10 @@ class Sink:
                 _log.warning("records_skipped_going_back", partition=partition, expected=gap.expected)
                 self._source.release(buffered_bytes(waiting))
                 waiting.clear()
-                arrived.clear()
                 await self._source.seek(partition, gap.expected)
+                self._drop_beyond(waiting, gap.expected)
+                if not waiting:
+                    arrived.clear()
                 continue
             self._observe(applied, time.perf_counter() - started)
             for _ in messages:
@@ -132,6 +134,11 @@ class Sink:
             self._source.release(buffered_bytes(messages))
             self._applied[partition] = messages[-1].offset() + 1
             self._source.commit(partition, messages[-1].offset() + 1)
+
+    def _drop_beyond(self, waiting: deque[Any], expected: int) -> None:
+        """Drop what arrived before the consumer had gone back: it comes again, behind what is missing."""
+        while waiting and waiting[0].offset() > expected:
+            self._source.release(buffered_bytes([waiting.popleft()]))
 
     async def _apply_when_possible(self, partition: int, received: Sequence[tuple[int, Any]]) -> Any:
         """Apply, waiting out any outage.
