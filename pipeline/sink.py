@@ -159,7 +159,7 @@ class Sink:
                     self._apply, partition, received, self._rejecting(partition), earliest=earliest
                 )
             except ProgressGap as gap:
-                earliest = await self._source.earliest(partition)
+                earliest = await retrying(self._source.earliest, partition)
                 if earliest <= gap.expected:
                     raise
             else:

@@ -87,3 +87,9 @@ async def test_records_that_arrive_before_the_consumer_went_back_are_dropped(top
     topic.receive(2)
     await asyncio.wait_for(topic.is_done.wait(), 10)
     assert topic.seeks == 1
+
+
+async def test_gap_while_kafka_is_away_is_held_until_it_answers(topic):
+    topic.unanswered = 1
+    topic.receive(2)
+    await asyncio.wait_for(topic.is_done.wait(), 10)
