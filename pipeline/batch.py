@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -69,17 +69,23 @@ class Columns(NamedTuple):
         return Columns(*(change(getattr(self, name)) for name in self._fields))
 
 
+# What Postgres can store, so that no batch fails before its rows are looked at.
+_Partition = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+_Offset = Annotated[int, msgspec.Meta(ge=0, lt=2**63 - 1)]
+_Name = Annotated[str, msgspec.Meta(pattern=r"\A[^\0]*\Z")]
+
+
 class Source(msgspec.Struct, frozen=True):
     """The source records a batch stands for: offsets `first` to `last`, both included.
 
     `topic_id` is Kafka's own id of this incarnation of the topic: offsets mean nothing beyond it.
     """
 
-    topic: str
-    topic_id: str
-    partition: int
-    first: int
-    last: int
+    topic: _Name
+    topic_id: _Name
+    partition: _Partition
+    first: _Offset
+    last: _Offset
 
 
 class Window(msgspec.Struct, frozen=True):

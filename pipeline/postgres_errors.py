@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError, PipelineError, RowRejected, SchemaMisma
 
 # What a SQLSTATE's class, its first two characters, asks for. Anything else counts as an outage: holding a batch back
 # loses nothing, a dead letter might.
-_DATA_ERRORS: Final = ("22", "23")
+_DATA_ERRORS: Final = ("21", "22", "23")
 _CONFIG_ERRORS: Final = ("0A", "28", "3D", "3F", "42")
 
 
@@ -21,7 +21,7 @@ async def translated_errors(doing: str) -> AsyncIterator[None]:
     """Translate asyncpg's errors into ours, by SQLSTATE and never by message text.
 
     Raises:
-        RowRejected: the data itself is refused (classes 22, 23).
+        RowRejected: the data itself is refused (classes 21, 22, 23).
         SchemaMismatch, ConfigError: tables, rights, the password or the database are wrong (28, 3D, 3F, 42).
         ServiceUnavailable: all else, as connection, resources, locks, shutdown, read-only.
     """

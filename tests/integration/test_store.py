@@ -210,6 +210,12 @@ async def test_apply_row_that_postgres_refuses_costs_itself_alone(store, connect
     assert (applied.rows, applied.rejected, len(await table(connection))) == (1998, 2, 1998)
 
 
+async def test_apply_one_pair_in_two_spellings_holds_nothing_back(store, connection):
+    shouting = str(uuid.UUID(int=0xABC)).upper()
+    await apply(store, (0, batch(row(shouting, value="v"), row(shouting.lower(), value="w", at=1))))
+    assert await table(connection) == {(shouting.lower(), "k"): ("w", "", 1)}
+
+
 async def test_apply_failing_reject_commits_nothing(store, connection):
     await connection.execute("alter table workspace_agent_metadata add check (value <> 'poison')")
 
