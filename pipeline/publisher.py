@@ -14,6 +14,8 @@ from pipeline.errors import PipelineError
 
 _POLL_SECONDS: Final = 0.1
 _FULL_QUEUE_PAUSE_SECONDS: Final = 0.02
+# A dead letter is as large as what came in, and compressed records may have come in large: the broker is the judge.
+_MAX_RECORD_BYTES: Final = 100_000_000
 # What waits for acknowledgements is bounded by the windows; this only keeps librdkafka from refusing them early.
 _MAX_QUEUED_KBYTES: Final = 262_144
 
@@ -34,6 +36,7 @@ class Publisher:
                 "compression.type": "lz4",
                 "linger.ms": 5,
                 "message.timeout.ms": 0,  # never give a record up by time
+                "message.max.bytes": _MAX_RECORD_BYTES,
                 "queue.buffering.max.kbytes": _MAX_QUEUED_KBYTES,
                 "error_cb": _log_error,
             }

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import asyncpg
 import pytest
+from confluent_kafka import Producer
 
 from pipeline.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.batch import decode_batch
@@ -151,3 +152,18 @@ async def test_events_and_batches_of_unequal_partitions_are_refused(deploy):
     assert worker.wait(30) != 0
     assert f"has 4 partitions and {other} has 2" in pipeline.log(worker)
     assert "Traceback" not in pipeline.log(worker)
+
+
+@pytest.mark.parametrize("size", [1_040_000, 4_000_000])
+async def test_record_as_large_as_the_events_topic_takes_costs_itself_alone(deploy, size):
+    pipeline = await deploy(partitions=1)
+    settings = pipeline.settings
+    config = {**settings.client_config(), "message.max.bytes": 10_000_000, "compression.type": "lz4"}
+    if size < 1_048_576:
+        config["compression.type"] = "none"
+    agent = Producer(config)
+    agent.produce(settings.events_topic, b"x" * size)
+    assert agent.flush(10) == 0
+    await pipeline.started("worker")
+    (letter,) = await eventually("it is a dead letter", lambda: consume_all(settings, settings.dead_letter_topic))
+    assert letter.value() == b"x" * size
