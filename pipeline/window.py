@@ -100,8 +100,11 @@ class OpenWindow:
 
     @property
     def is_full(self) -> bool:
-        """Tell whether the window holds its capacity of unique pairs and must be closed before it takes more."""
-        return self.pairs >= self._capacity
+        """Tell whether the window holds its capacity of unique pairs and must be closed before it takes more.
+
+        A rejected record counts as a pair: it is kept too, until it is dead-lettered.
+        """
+        return self.pairs + len(self.rejected) >= self._capacity
 
     def get(self, agent_id: str, key: str) -> tuple[datetime, Entry] | None:
         """Return (collected_at, entry) of a pair, or None if this window has none."""
@@ -119,7 +122,7 @@ class OpenWindow:
         A record that can't be used goes to `rejected`; the others are not affected.
         """
         # The hot loop, one turn an entry: names are local, and what is rare has left for a method.
-        agents, known, capacity = self._agents, self._known, self._capacity
+        agents, known, capacity = self._agents, self._known, self._capacity - len(self.rejected)
         pairs, count, index, end = self.pairs, self.entries, start, len(records)
         certain = self._latest_believed(records[start].timestamp) if start < end else _NEVER
         while index < end and pairs < capacity:
@@ -138,6 +141,7 @@ class OpenWindow:
                     agent_id = self._learn(report.agent_id)
                 except DecodeError as error:
                     self.rejected.append(Rejected(record, str(error)))
+                    capacity -= 1
                     continue
             moment = report.collected_at
             if moment is None or moment > certain:
@@ -162,6 +166,7 @@ class OpenWindow:
                 held_by_key[key] = (at, entry)
             if problem is not None:
                 self.rejected.append(Rejected(record, problem))
+                capacity -= 1
         self.pairs, self.entries = pairs, count
         if index > start:
             if self.first is None:

@@ -114,3 +114,11 @@ def test_fold_of_empty_reports_moves_the_range(window):
     window.fold([FakeRecord(7, T0_MS, None, encode_report(Report(A1, [])))])
     closed = window.close("scheduled", 1.0)
     assert (closed.first, closed.last, closed.rows) == (7, 7, [])
+
+
+def test_rejected_records_fill_a_window_like_pairs():
+    window = OpenWindow(0.0, capacity=3, max_clock_skew=timedelta(seconds=60))
+    records = [FakeRecord(offset, T0_MS, None, b"no report") for offset in range(5)]
+    assert window.fold([record(0, A1, T0, k="v"), *records]) == 3
+    assert window.is_full
+    assert (window.pairs, len(window.rejected)) == (1, 2)
