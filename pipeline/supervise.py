@@ -59,9 +59,12 @@ class Supervisor:
                 start_new_session=True,  # Ctrl-C reaches us alone, and we stop the roles in order
                 preexec_fn=die_with_parent,
             )
+            if self._stop.is_set():  # while the process was made: nobody else will end it
+                await self._end(role)
             code = await process.wait()
             if self._stop.is_set():
-                self._exit_code = self._exit_code or abs(code)
+                if code != -signal.SIGTERM:  # it had not come so far as to end by itself
+                    self._exit_code = self._exit_code or abs(code)
                 return
             if code == _EXIT_USAGE:
                 self._exit_code = code
