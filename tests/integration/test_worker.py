@@ -27,6 +27,7 @@ class Outlet:
         self.sent = []
         self.withheld = {}
         self.withholding = set()
+        self.asked = asyncio.Event()
         self.may_begin = asyncio.Event()
         self.may_begin.set()
 
@@ -52,6 +53,7 @@ async def running(deploy, request):
         raise AssertionError(rejected.reason)
 
     async def events_topic_id():
+        outlet.asked.set()
         await outlet.may_begin.wait()
         return "events-id"
 
@@ -124,7 +126,7 @@ async def test_records_don_t_flow_before_the_partitions_are_taken_up(running):
     pipeline, outlet, worker = running
     for number in range(3):
         produce(pipeline, number, k="v")
-    await eventually("partitions are assigned", lambda: worker.app.started and worker.app.consumer.assignment())
+    await outlet.asked.wait()
     await asyncio.sleep(1)  # long enough for a fetch to bring the records, were they let through
     outlet.may_begin.set()
     await eventually("all are folded", lambda: worker.folded_records == 3)
