@@ -20,7 +20,10 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
         renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
         shared.append(structlog.processors.format_exc_info)
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        # Not rich's tracebacks, the default where rich is installed: they show local variables, so passwords too.
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -35,6 +38,8 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("pipeline").setLevel(logging.INFO)
+    # asyncpg's pool logs a traceback a second while Postgres is away; the sink says so itself, in a line.
+    logging.getLogger("asyncpg").setLevel(logging.CRITICAL)
     # Faust's services inherit the level of the class that made them: ours. Their starting and stopping is of no news.
     for name in ("chunks", "latest"):
         logging.getLogger(f"pipeline.{name}").setLevel(logging.WARNING)
