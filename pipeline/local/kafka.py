@@ -260,7 +260,9 @@ class PackagedKafka:
         self.close()
 
     def _run(self, name: str, main_class: str, *arguments: str) -> ChildProcess:
-        command = [self._java, *_JVM_OPTIONS, "-cp", self._classpath, main_class, *arguments]
+        # Its libraries unpack native code there, which a killed JVM leaves behind.
+        temporary = f"-Djava.io.tmpdir={self._home}"
+        command = [self._java, *_JVM_OPTIONS, temporary, "-cp", self._classpath, main_class, *arguments]
         return ChildProcess(name, command, log_path=self.log_path)
 
     def _format(self) -> None:

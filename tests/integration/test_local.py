@@ -88,6 +88,11 @@ def test_packaged_kafka_restarted_by_a_thread_outlives_that_thread(kafka: Packag
     assert AdminClient({"bootstrap.servers": kafka.bootstrap_servers}).list_topics(timeout=30).brokers
 
 
+def test_packaged_kafka_unpacks_its_libraries_into_its_own_folder(kafka: PackagedKafka) -> None:
+    command = Path(f"/proc/{kafka.pid}/cmdline").read_bytes().split(b"\0")
+    assert f"-Djava.io.tmpdir={kafka.log_path.parent}".encode() in command
+
+
 def test_packaged_kafka_wrong_setting_says_what_kafka_said(kafka_jars: list[Path]) -> None:
     with pytest.raises(ServiceUnavailable, match=r"Invalid value many for configuration num\.partitions"):
         PackagedKafka(kafka_jars, settings={"num.partitions": "many"}).__enter__()
