@@ -3,10 +3,43 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
-from typing import Literal
+import time
+from collections.abc import Callable
+from typing import Final, Literal
 
 import structlog
+
+# How often a client library's complaint is worth a line: while Kafka is away they repeat it many times a second.
+_REPEAT_SECONDS: Final = 10.0
+
+
+class Seldom(logging.Filter):
+    """Lets through what a library says for the first time in 10 s; numbers in it count as the same.
+
+    Our own records pass, but for those that only hand on what librdkafka said.
+    """
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        """Make a filter; `monotonic` is its clock."""
+        super().__init__()
+        self._monotonic = monotonic
+        self._said_at: dict[tuple[str, str], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether the record is to be shown."""
+        if record.name.startswith("pipeline"):
+            event = record.msg if isinstance(record.msg, dict) else {}
+            if event.get("event") != "kafka_unavailable":
+                return True
+            text = str(event.get("error"))
+        else:
+            text = record.getMessage()
+        now = self._monotonic()
+        self._said_at = {key: at for key, at in self._said_at.items() if now - at < _REPEAT_SECONDS}
+        key = (record.name, re.sub(r"\d+", "#", text))
+        return self._said_at.setdefault(key, now) == now
 
 
 def configure_logging(log_format: Literal["console", "json"]) -> None:
@@ -36,6 +69,7 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
+    handler.addFilter(Seldom())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("pipeline").setLevel(logging.INFO)
     # asyncpg's pool logs a traceback a second while Postgres is away; the sink says so itself, in a line.
