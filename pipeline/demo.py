@@ -157,7 +157,7 @@ class _Demo:
         running = await self._start("run")
         watching = await self._start("watch", "--json", reads=True)
         reading = asyncio.create_task(self._read(watching))
-        await self._wait_for_metrics(running)
+        await self._wait_until_ready(running)
         producing = await self._start(
             "produce",
             f"--agents={options.agents}",
@@ -197,15 +197,16 @@ class _Demo:
         async for line in watching.stdout:
             self._seen.note(line)
 
-    async def _wait_for_metrics(self, running: asyncio.subprocess.Process) -> None:
+    async def _wait_until_ready(self, running: asyncio.subprocess.Process) -> None:
         deadline = time.monotonic() + _ARRIVAL_GRACE_SECONDS
-        while len(await asyncio.to_thread(self._metrics)) < 2 or not self._has_roles():
+        # Ready, not only up: what they log until then would tear the progress line.
+        while not await asyncio.to_thread(self._are_ready):
             if running.returncode is not None or time.monotonic() > deadline:
                 raise PipelineError("worker and sink did not come up: see their messages above")
             await asyncio.sleep(0.1)
 
-    def _has_roles(self) -> bool:
-        return all(_scrape(port) for port in self._ports)
+    def _are_ready(self) -> bool:
+        return all(_get(port, "ready") for port in self._ports)
 
     async def _show_progress_until(
         self, producing: asyncio.subprocess.Process, running: asyncio.subprocess.Process
@@ -230,16 +231,15 @@ class _Demo:
         recent = sorted(self._seen.freshness_seconds[-1000:])
         freshness = f"{recent[len(recent) // 2]:.2f} s" if recent else "-"
         return (
-            f"{elapsed:3.0f}/{self._options.duration:.0f} s · events in {metrics.get('records', 0):.0f} · "
-            f"open pairs {metrics.get('open_pairs', 0):.0f} · rows written {rows:.0f} · saved {saved} · "
-            f"freshness p50 {freshness}"
+            f"{elapsed:3.0f}/{self._options.duration:.0f} s · reports {metrics.get('records', 0):.0f} · "
+            f"open {metrics.get('open_pairs', 0):.0f} · rows {rows:.0f} · saved {saved} · fresh {freshness}"
         )
 
     def _metrics(self) -> dict[str, Any]:
         """Scrape worker and sink: sums by name, and batches by reason."""
         values: dict[str, Any] = {}
         for port in self._ports:
-            for family in text_string_to_metric_families(_scrape(port)):
+            for family in text_string_to_metric_families(_get(port, "metrics")):
                 for sample in family.samples:
                     name = sample.name.removeprefix("agent_metadata_").removesuffix("_total")
                     values[name] = values.get(name, 0) + sample.value
@@ -318,9 +318,9 @@ class _Demo:
                 await self._end(process)
 
 
-def _scrape(port: int) -> str:
+def _get(port: int, page: str) -> str:
     try:
-        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as response:  # our own port
+        with urlopen(f"http://127.0.0.1:{port}/{page}", timeout=2) as response:  # our own port
             text: str = response.read().decode()
             return text
     except (URLError, OSError):
