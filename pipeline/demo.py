@@ -83,6 +83,8 @@ def run_demo(options: DemoOptions, *, console: Console) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, terminate)
 
     def say(line: str) -> None:
         console.print(line, markup=False)
