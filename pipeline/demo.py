@@ -85,6 +85,7 @@ def run_demo(options: DemoOptions, *, console: Console) -> dict[str, Any]:
     signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
         signal.signal(signal.SIGHUP, terminate)
+    _refuse_wrong_settings()
 
     def say(line: str) -> None:
         console.print(line, markup=False)
@@ -93,6 +94,15 @@ def run_demo(options: DemoOptions, *, console: Console) -> dict[str, Any]:
         say(f"broker: {services.broker}")
         say(f"database: {services.database}")
         return uvloop.run(_Demo(options, services, Path(folder), console).run())
+
+
+def _refuse_wrong_settings() -> None:
+    """Refuse them before services are started, which takes a while; an address left empty counts as not given."""
+    given = {name: os.environ.get(name) for name in ("KAFKA_BOOTSTRAP_SERVERS", "DATABASE_URL")}
+    for name, value in given.items():
+        if value == "":
+            del os.environ[name]
+    load_settings()
 
 
 class _Demo:

@@ -77,6 +77,12 @@ def test_wrong_setting_exits_with_2_and_names_it():
     assert "AGENT_METADATA_PARTITIONS='0'" in complaint(done)
 
 
+def test_demo_with_a_wrong_setting_says_so_before_it_starts_anything():
+    done = agent_metadata("demo", AGENT_METADATA_WINDOW_SECOND="1")
+    assert done.returncode == 2
+    assert "did you mean AGENT_METADATA_WINDOW_SECONDS?" in complaint(done)
+
+
 def test_watch_of_no_uuid_exits_with_2_and_shows_it():
     done = agent_metadata("watch", "not-a-uuid")
     assert done.returncode == 2
