@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
+import structlog
+
 from pipeline.data_files import data_dir
 from pipeline.errors import SchemaMismatch
 from pipeline.postgres_errors import translated_errors
 
 # Any number will do, as long as no other program of the database takes the same.
 _ADVISORY_LOCK: Final = 7_236_219_114
-_TABLE: Final = """
+_MIGRATIONS_TABLE: Final = """
 create table if not exists agent_metadata_migrations (
     version integer primary key,
     name text not null,
@@ -21,6 +23,17 @@ create table if not exists agent_metadata_migrations (
     applied_at timestamptz not null default now()
 )
 """
+# What the statements of sql/ need.
+_TABLES: Final = ("workspace_agent_metadata", "agent_metadata_progress")
+# Coder's own table belongs to its agents; the one that our migration makes has no foreign key.
+_PERSISTENCE: Final = """
+select relpersistence = 'u' as is_unlogged,
+    exists (select from pg_constraint where conrelid = pg_class.oid and contype = 'f') as is_coders
+from pg_class
+where oid = 'workspace_agent_metadata'::regclass
+"""
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,21 +50,26 @@ async def migrate(connection: Any, *, unlogged: bool = False) -> list[str]:
     """Apply what is missing, one transaction a migration; return the names applied.
 
     `unlogged` makes workspace_agent_metadata UNLOGGED when it is not: writes cost less WAL, but a crash of Postgres
-    empties the table, standbys never see it, and its definitions are gone with it.
+    empties the table, standbys never see it, and its definitions are gone with it. False makes it LOGGED again,
+    except coder's own table, which is left as it is and logged about. Either change rewrites the table, and readers
+    and writers wait for it.
+
+    Guarantee: idempotent; of two runs at once the second waits for the first (an advisory lock of the database).
 
     Raises:
-        SchemaMismatch: a migration that was applied has changed since.
+        SchemaMismatch: a migration that was applied has changed since, or its table is gone.
     """
     files = _migration_files()
     async with translated_errors("migrating"):
         await connection.execute("select pg_advisory_lock($1)", _ADVISORY_LOCK)
         try:
-            await connection.execute(_TABLE)
+            await connection.execute(_MIGRATIONS_TABLE)
             status = await migration_status(connection)
             _refuse_changed(status)
             missing = [item for item in status if item.applied_at is None]
             for item in missing:
                 await _apply(connection, item, files[item.version][1])
+            await _refuse_gone(connection)
             await _set_persistence(connection, unlogged=unlogged)
         finally:
             await connection.execute("select pg_advisory_unlock($1)", _ADVISORY_LOCK)
@@ -73,7 +91,7 @@ async def migration_status(connection: Any) -> list[MigrationStatus]:
 
 
 async def require_schema(connection: Any) -> None:
-    """Check that all migrations are applied.
+    """Check that all migrations are applied, and that the tables they made are still there.
 
     Raises:
         SchemaMismatch: names what is missing or changed.
@@ -82,6 +100,8 @@ async def require_schema(connection: Any) -> None:
     _refuse_changed(status)
     if missing := [item.name for item in status if item.applied_at is None]:
         raise SchemaMismatch(f"the database lacks {', '.join(missing)}: run `agent-metadata db migrate`")
+    async with translated_errors("looking for tables"):
+        await _refuse_gone(connection)
 
 
 async def _apply(connection: Any, item: MigrationStatus, sql: str) -> None:
@@ -96,12 +116,16 @@ async def _apply(connection: Any, item: MigrationStatus, sql: str) -> None:
 
 
 async def _set_persistence(connection: Any, *, unlogged: bool) -> None:
-    """Rewrite the table only if it is not as wanted; coder's own table is UNLOGGED and is left so."""
-    is_unlogged = await connection.fetchval(
-        "select relpersistence = 'u' from pg_class where oid = 'workspace_agent_metadata'::regclass"
-    )
-    if unlogged and not is_unlogged:
-        await connection.execute("alter table workspace_agent_metadata set unlogged")
+    """Rewrite the table only if it is not as wanted, and coder's never to LOGGED: coder chose UNLOGGED for it."""
+    table = await connection.fetchrow(_PERSISTENCE)
+    if table["is_unlogged"] == unlogged:
+        return
+    if table["is_coders"] and not unlogged:
+        _log.warning(
+            "table_is_unlogged", table="workspace_agent_metadata", reason="coder made it so; a crash empties it"
+        )
+        return
+    await connection.execute(f"alter table workspace_agent_metadata set {'unlogged' if unlogged else 'logged'}")
 
 
 def _migration_files() -> dict[int, tuple[str, str]]:
@@ -118,4 +142,13 @@ def _refuse_changed(status: list[MigrationStatus]) -> None:
     if changed := [item.name for item in status if item.changed]:
         raise SchemaMismatch(
             f"{', '.join(changed)} was applied with other contents: restore the file, and make a new migration instead"
+        )
+
+
+async def _refuse_gone(connection: Any) -> None:
+    gone = await connection.fetch("select name from unnest($1::text[]) name where to_regclass(name) is null", _TABLES)
+    if gone:
+        raise SchemaMismatch(
+            f"{', '.join(row['name'] for row in gone)} is gone though its migration was applied: restore it, or delete "
+            f"the migration's row from agent_metadata_migrations and run `agent-metadata db migrate`"
         )

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import structlog
-from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+from confluent_kafka.admin import NewTopic
 
 from pipeline.data_files import data_dir
-from pipeline.errors import ServiceUnavailable, TopicMismatch
+from pipeline.errors import TopicMismatch
+from pipeline.kafka_admin import KafkaAdmin, topic_id_by_name
 
 _REQUEST_SECONDS: Final = 10.0
-# What brokers without topic ids report (Kafka's Uuid.ZERO_UUID).
-_NO_TOPIC_ID: Final = "AAAAAAAAAAAAAAAAAAAAAA"
+_MIN_REQUEST_SECONDS: Final = 0.1  # librdkafka takes no less than a millisecond
 
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class TopicSpec:
-    """One topic as declared; `why` explains each choice, `config` holds Kafka's own names and texts."""
+    """One topic as declared; `why` explains each choice, `config` holds Kafka's own names and texts.
+
+    `replication` -1 is the broker's default.
+    """
 
     role: str
     name: str
+    purpose: str
     key: str
     partitions: int
     replication: int
@@ -64,6 +68,7 @@ def load_topic_specs(*, names: Mapping[str, str] | None = None, partitions: int 
         spec = TopicSpec(
             role=declared["role"],
             name=declared["name"],
+            purpose=declared["purpose"],
             key=declared["key"],
             partitions=declared["partitions"],
             replication=declared["replication"],
@@ -79,52 +84,63 @@ def load_topic_specs(*, names: Mapping[str, str] | None = None, partitions: int 
 
 
 def create_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> list[str]:
-    """Create the topics that are missing and return their names; existing ones are left alone.
+    """Create the topics that are missing and return the names of those this call created; others are left alone.
+
+    Guarantee: idempotent, safe to run twice at once; on return the cluster lists all the topics. The embedded broker
+    decides on partitions and configuration itself, which is logged.
 
     Raises:
-        ServiceUnavailable: Kafka did not answer.
+        ServiceUnavailable: Kafka did not answer, or does not list a topic 10 s after its creation.
         TopicMismatch: Kafka refuses a topic.
     """
-    with _Admin(client_config) as admin:
-        existing = admin.existing(_REQUEST_SECONDS)
-        missing = [spec for spec in specs.values() if spec.name not in existing]
-        for spec in missing:
-            admin.create(spec)
-    return [spec.name for spec in missing]
+    with KafkaAdmin(client_config) as admin:
+        cluster = admin.cluster(_REQUEST_SECONDS)
+        missing = {spec.name: spec for spec in specs.values() if spec.name not in cluster.partitions}
+        if not missing:
+            return []
+        if cluster.is_embedded:
+            _log.warning("topics_made_by_the_broker", topics=list(missing), reason="it knows no CreateTopics")
+            admin.touch(missing, _REQUEST_SECONDS)
+            created = list(missing)
+        else:
+            created = admin.create([_new_topic(spec) for spec in missing.values()], _REQUEST_SECONDS)
+        admin.wait_until_shown(missing, _REQUEST_SECONDS)
+    return created
 
 
 def delete_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> None:
-    """Delete these topics with all they hold; those that don't exist are fine.
+    """Delete these topics with all they hold; those that don't exist are fine. The embedded broker keeps them.
 
     Raises:
         ServiceUnavailable: Kafka did not answer.
     """
-    with _Admin(client_config) as admin:
-        for spec in specs.values():
-            admin.delete(spec.name)
+    with KafkaAdmin(client_config) as admin:
+        if not admin.cluster(_REQUEST_SECONDS).is_embedded:
+            admin.delete([spec.name for spec in specs.values()], _REQUEST_SECONDS)
 
 
 def diff_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> list[Difference]:
     """Compare the cluster with the declarations; no differences, no items.
 
+    The replication factor is not compared: -1 leaves it to the broker. Nor is the embedded broker's configuration,
+    which can't be read.
+
     Raises:
         ServiceUnavailable: Kafka did not answer.
     """
+    with KafkaAdmin(client_config) as admin:
+        cluster = admin.cluster(_REQUEST_SECONDS)
+        existing = [spec.name for spec in specs.values() if spec.name in cluster.partitions]
+        configs = {} if cluster.is_embedded else admin.configs(existing, _REQUEST_SECONDS)
     differences = []
-    with _Admin(client_config) as admin:
-        existing = admin.existing(_REQUEST_SECONDS)
-        for spec in specs.values():
-            if spec.name not in existing:
-                differences.append(Difference(spec.name, "topic", "exists", "missing"))
-                continue
-            if existing[spec.name] != spec.partitions:
-                differences.append(Difference(spec.name, "partitions", str(spec.partitions), str(existing[spec.name])))
-            actual = admin.config(spec.name)
-            differences += [
-                Difference(spec.name, name, declared, actual.get(name, "not set"))
-                for name, declared in spec.config.items()
-                if actual.get(name) != declared
-            ]
+    for spec in specs.values():
+        partitions = cluster.partitions.get(spec.name)
+        if partitions is None:
+            differences.append(Difference(spec.name, "topic", "exists", "missing"))
+        elif partitions != spec.partitions:
+            differences.append(Difference(spec.name, "partitions", str(spec.partitions), str(partitions)))
+        if spec.name in configs:
+            differences += _config_differences(spec, configs[spec.name])
     return differences
 
 
@@ -135,16 +151,19 @@ def require_topics(
 
     Raises:
         TopicMismatch: one is missing, or events and batches have unequally many partitions.
-        ServiceUnavailable: Kafka did not answer within the timeout.
+        ServiceUnavailable: Kafka did not answer within `timeout_s` seconds, all requests together.
     """
-    with _Admin(client_config) as admin:
-        existing = admin.existing(timeout_s)
-        if missing := [spec.name for spec in specs.values() if spec.name not in existing]:
+    deadline = time.monotonic() + timeout_s
+    with KafkaAdmin(client_config) as admin:
+        cluster = admin.cluster(timeout_s)
+        names = [spec.name for spec in specs.values()]
+        if missing := [name for name in names if name not in cluster.partitions]:
             raise TopicMismatch(f"the cluster lacks {', '.join(missing)}: run `agent-metadata topics create`")
-        facts = {
-            role: TopicFacts(spec.name, admin.topic_id(spec.name, timeout_s), existing[spec.name])
-            for role, spec in specs.items()
-        }
+        if cluster.is_embedded:
+            ids = {name: topic_id_by_name(name) for name in names}
+        else:
+            ids = admin.topic_ids(names, max(deadline - time.monotonic(), _MIN_REQUEST_SECONDS))
+    facts = {role: TopicFacts(spec.name, ids[spec.name], cluster.partitions[spec.name]) for role, spec in specs.items()}
     require_equal_partitions(facts["events"], facts["batches"])
     return facts
 
@@ -162,95 +181,13 @@ def require_equal_partitions(events: TopicFacts, batches: TopicFacts) -> None:
         )
 
 
-class _Admin:
-    """An AdminClient that keeps librdkafka's last complaint for the error message."""
-
-    def __init__(self, client_config: Mapping[str, Any]) -> None:
-        self._servers = client_config.get("bootstrap.servers", "")
-        self._complaint = ""
-        self._client = AdminClient({**client_config, "error_cb": self._keep, "logger": _Silent()})
-
-    def __enter__(self) -> _Admin:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._client = None  # its thread ends with it
-
-    def existing(self, timeout_s: float) -> dict[str, int]:
-        """Return all topics with their numbers of partitions."""
-        metadata = self._metadata(timeout_s)
-        return {name: len(topic.partitions) for name, topic in metadata.topics.items()}
-
-    def has_controller(self, timeout_s: float) -> bool:
-        """Tell whether there is anyone to create and describe topics; librdkafka's mock cluster has nobody."""
-        metadata = self._metadata(timeout_s)
-        return metadata.controller_id in metadata.brokers
-
-    def _metadata(self, timeout_s: float) -> Any:
-        try:
-            return self._client.list_topics(timeout=timeout_s)
-        except KafkaException as error:
-            raise self._unavailable(error) from error
-
-    def create(self, spec: TopicSpec) -> None:
-        if not self.has_controller(_REQUEST_SECONDS):
-            self._client.list_topics(spec.name, timeout=_REQUEST_SECONDS)  # the mock cluster makes what is asked for
-            _log.warning("topic_made_by_the_broker", topic=spec.name, reason="it knows no CreateTopics")
-            return
-        topic = NewTopic(spec.name, spec.partitions, spec.replication, config=dict(spec.config))
-        try:
-            self._client.create_topics([topic], request_timeout=_REQUEST_SECONDS)[spec.name].result()
-        except KafkaException as error:
-            code = error.args[0].code()
-            if code == KafkaError.TOPIC_ALREADY_EXISTS:
-                return
-            if error.args[0].retriable() or code in (KafkaError._TRANSPORT, KafkaError._TIMED_OUT):
-                raise self._unavailable(error) from error
-            raise TopicMismatch(f"Kafka refused to create {spec.name}: {error.args[0].str()}") from error
-
-    def delete(self, name: str) -> None:
-        """Delete a topic if it exists."""
-        if not self.has_controller(_REQUEST_SECONDS):
-            return
-        try:
-            self._client.delete_topics([name], request_timeout=_REQUEST_SECONDS)[name].result()
-        except KafkaException as error:
-            if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
-                raise self._unavailable(error) from error
-
-    def config(self, name: str) -> dict[str, str]:
-        resource = ConfigResource(ResourceType.TOPIC, name)
-        try:
-            entries = self._client.describe_configs([resource])[resource].result(_REQUEST_SECONDS)
-        except (KafkaException, TimeoutError) as error:
-            raise self._unavailable(error) from error
-        return {key: entry.value for key, entry in entries.items()}
-
-    def topic_id(self, name: str, timeout_s: float) -> str:
-        """Return Kafka's id of this incarnation; a name stands in where the broker has no ids."""
-        if not self.has_controller(timeout_s):
-            return f"name:{name}"
-        try:
-            futures = self._client.describe_topics(TopicCollection([name]), request_timeout=timeout_s)
-            topic_id = str(futures[name].result(timeout_s).topic_id)
-        except (KafkaException, TimeoutError) as error:
-            raise self._unavailable(error) from error
-        return f"name:{name}" if topic_id == _NO_TOPIC_ID else topic_id
-
-    def _unavailable(self, error: Exception) -> ServiceUnavailable:
-        self._client.poll(0)  # brings librdkafka's complaint, which says why
-        kafka_error = error.args[0] if error.args else error
-        said = self._complaint or (kafka_error.str() if isinstance(kafka_error, KafkaError) else str(kafka_error))
-        return ServiceUnavailable(
-            f"Kafka at {self._servers} can't be reached: {said}; is it up, and the address right?"
-        )
-
-    def _keep(self, error: KafkaError) -> None:
-        self._complaint = error.str()
+def _new_topic(spec: TopicSpec) -> NewTopic:
+    return NewTopic(spec.name, spec.partitions, spec.replication, config=dict(spec.config))
 
 
-class _Silent:
-    """Takes librdkafka's log lines, which would say on stderr again what the error says."""
-
-    def log(self, *_: object) -> None:
-        """Do nothing."""
+def _config_differences(spec: TopicSpec, actual: Mapping[str, str]) -> list[Difference]:
+    return [
+        Difference(spec.name, name, declared, actual.get(name, "not set"))
+        for name, declared in spec.config.items()
+        if actual.get(name) != declared
+    ]

@@ -1,0 +1,162 @@
+"""Ask a Kafka cluster about its topics and change them, with errors of ours and nothing on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+
+from pipeline.errors import ServiceUnavailable, TopicMismatch
+
+# What brokers without topic ids report (Kafka's Uuid.ZERO_UUID).
+_NO_TOPIC_ID: Final = "AAAAAAAAAAAAAAAAAAAAAA"
+# How librdkafka's mock cluster calls itself (rdkafka_mock.c). Not told by its lack of a controller: a real cluster
+# that is between two controllers must not be taken for it, or progress would be kept by names from then on.
+_EMBEDDED_CLUSTER_ID: Final = "mockCluster"
+_POLL_SECONDS: Final = 0.05
+# Codes that mean no broker answered; librdkafka's last complaint then says more than the code.
+_SILENCE: Final = (
+    KafkaError._TRANSPORT,
+    KafkaError._TIMED_OUT,
+    KafkaError._ALL_BROKERS_DOWN,
+    KafkaError._RESOLVE,
+    KafkaError._AUTHENTICATION,
+    KafkaError._SSL,
+)
+# Answers to CreateTopics that say nothing about the topic. KafkaError.retriable() knows of transactions only.
+_TRY_AGAIN: Final = (*_SILENCE, KafkaError.NOT_CONTROLLER, KafkaError.REQUEST_TIMED_OUT)
+
+
+class Cluster(NamedTuple):
+    """What a cluster holds: its topics with their numbers of partitions.
+
+    `is_embedded`: librdkafka's mock cluster, which has nobody to create, describe or delete a topic.
+    """
+
+    partitions: dict[str, int]
+    is_embedded: bool
+
+
+class KafkaAdmin:
+    """An AdminClient for one visit; it keeps librdkafka's last complaint for the error message.
+
+    All methods block, at most for the `timeout_s` given, and raise ServiceUnavailable if Kafka does not answer by then.
+    """
+
+    def __init__(self, client_config: Mapping[str, Any]) -> None:
+        self._servers = client_config.get("bootstrap.servers", "")
+        self._complaint = ""
+        self._client = AdminClient({**client_config, "error_cb": self._keep, "logger": _Silent()})
+
+    def __enter__(self) -> KafkaAdmin:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client = None  # its thread ends with it
+
+    def cluster(self, timeout_s: float) -> Cluster:
+        """Read all topics; one that this client may not see, or that has no partitions yet, is not there."""
+        metadata = self._asked(lambda: self._client.list_topics(timeout=timeout_s))
+        partitions = {name: len(topic.partitions) for name, topic in metadata.topics.items() if topic.partitions}
+        return Cluster(partitions, str(metadata.cluster_id).startswith(_EMBEDDED_CLUSTER_ID))
+
+    def touch(self, names: Iterable[str], timeout_s: float) -> None:
+        """Ask for topics by name: the embedded broker makes what it is asked for."""
+        for name in names:
+            self._asked(partial(self._client.list_topics, name, timeout=timeout_s))
+
+    def create(self, topics: list[NewTopic], timeout_s: float) -> list[str]:
+        """Create topics and return the names of those that no one else had created meanwhile.
+
+        Raises:
+            TopicMismatch: Kafka refuses one; the others may exist.
+        """
+        futures = self._client.create_topics(topics, request_timeout=timeout_s)
+        return [name for name, future in futures.items() if self._is_created(name, future.result)]
+
+    def _is_created(self, name: str, result: Callable[[], Any]) -> bool:
+        try:
+            result()
+        except KafkaException as error:
+            reason = error.args[0]
+            if reason.code() == KafkaError.TOPIC_ALREADY_EXISTS:
+                return False
+            if reason.code() in _TRY_AGAIN:
+                raise self._unavailable(error) from error
+            raise TopicMismatch(
+                f"Kafka refused to create {name}: {reason.str()}; change its declaration or the cluster"
+            ) from error
+        return True
+
+    def wait_until_shown(self, names: Iterable[str], timeout_s: float) -> None:
+        """Return when the cluster lists the topics: a broker may learn of one after its creation is acknowledged."""
+        deadline = time.monotonic() + timeout_s
+        while hidden := sorted(set(names) - self.cluster(timeout_s).partitions.keys()):
+            if time.monotonic() > deadline:
+                raise ServiceUnavailable(
+                    f"Kafka at {self._servers} does not show {', '.join(hidden)} {timeout_s:g} s after creation: "
+                    f"check that its brokers are up and that this user may describe topics, and try again"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def delete(self, names: Sequence[str], timeout_s: float) -> None:
+        """Delete topics; those that don't exist are fine."""
+        futures = self._client.delete_topics(list(names), request_timeout=timeout_s)
+        for future in futures.values():
+            try:
+                future.result()
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                    raise self._unavailable(error) from error
+
+    def configs(self, names: Iterable[str], timeout_s: float) -> dict[str, dict[str, str]]:
+        """Read the configuration of topics, by their names; Kafka's own keys and texts."""
+        resources = [ConfigResource(ResourceType.TOPIC, name) for name in names]
+        if not resources:
+            return {}
+        futures = self._client.describe_configs(resources, request_timeout=timeout_s)
+        entries = {resource.name: self._asked(future.result) for resource, future in futures.items()}
+        return {name: {key: entry.value for key, entry in found.items()} for name, found in entries.items()}
+
+    def topic_ids(self, names: Iterable[str], timeout_s: float) -> dict[str, str]:
+        """Read Kafka's ids of these incarnations of topics; `name:` and the name where a broker has no ids."""
+        futures = self._client.describe_topics(TopicCollection(list(names)), request_timeout=timeout_s)
+        ids = {name: str(self._asked(future.result).topic_id) for name, future in futures.items()}
+        return {name: topic_id_by_name(name) if found == _NO_TOPIC_ID else found for name, found in ids.items()}
+
+    def _asked(self, question: Callable[[], Any]) -> Any:
+        try:
+            return question()
+        except KafkaException as error:
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: KafkaException) -> ServiceUnavailable:
+        reason = error.args[0]
+        if reason.code() not in _SILENCE:
+            return ServiceUnavailable(
+                f"Kafka at {self._servers} answered: {reason.str()}; try again, and check this user's rights"
+            )
+        self._client.poll(0)  # brings librdkafka's complaint, which says why
+        said = self._complaint or reason.str()
+        return ServiceUnavailable(
+            f"Kafka at {self._servers} can't be reached: {said}; is it up, and the address right?"
+        )
+
+    def _keep(self, error: KafkaError) -> None:
+        self._complaint = error.str()
+
+
+def topic_id_by_name(name: str) -> str:
+    """Return what stands in for a topic's id where a broker has none; no id of Kafka's has a colon."""
+    return f"name:{name}"
+
+
+class _Silent:
+    """Takes librdkafka's log lines, which would say on stderr again what the error says."""
+
+    def log(self, *_: object) -> None:
+        """Do nothing."""
