@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import faust
 from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
-from aiokafka.errors import CorruptRecordException
+from aiokafka.errors import CorruptRecordException, IllegalStateError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
@@ -99,8 +99,29 @@ class ChunkConsumerThread(driver.AIOKafkaConsumerThread):
         self._ensure_consumer()._fetcher._records = _ChunkedResults()
 
 
+class _ForgetfulOffsets(dict[TP, int]):
+    """Stands in for the offsets below which Faust drops a message: it remembers none.
+
+    Faust writes down a message's offset after it has handed it on, over what a seek has set meanwhile, and would drop
+    what is read again. The worker compares offsets itself.
+    """
+
+    def __missing__(self, tp: TP) -> None:
+        return None
+
+    def __setitem__(self, tp: TP, offset: int) -> None:
+        pass
+
+    def update(self, *_: Any, **__: Any) -> None:
+        pass
+
+
 class ChunkConsumer(driver.Consumer):
     """Faust's consumer; a message's value is a Chunk, its offset the chunk's first."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._read_offset = _ForgetfulOffsets()
 
     def _new_consumer_thread(self) -> ChunkConsumerThread:
         return ChunkConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -119,6 +140,13 @@ class ChunkConsumer(driver.Consumer):
             tp=tp,
             generation_id=self.app.consumer_generation_id,
         )
+
+    async def _seek(self, partition: TP, offset: int) -> None:
+        # Faust's own calls aiokafka from this thread, in the middle of what the consumer's thread does.
+        try:
+            await self._thread.seek_wait({partition: offset})
+        except IllegalStateError:
+            self.log.info("no seek in %r: it was taken away meanwhile", partition)
 
     async def commit_offsets(self, offsets: Mapping[TP, int]) -> bool:
         """Commit explicit offsets; false if a rebalance has taken a partition away meanwhile.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,6 +34,8 @@ def docker_answers() -> bool:
     except ImportError:
         return False
     try:
+        if not _socket_accepts(docker.utils.parse_host(os.environ.get("DOCKER_HOST"))):
+            return False
         client = docker.from_env(timeout=_ENGINE_SECONDS)
     except docker.errors.DockerException:
         return False
@@ -41,6 +45,16 @@ def docker_answers() -> bool:
         return False
     finally:
         client.close()
+
+
+def _socket_accepts(host: str) -> bool:
+    """Tell whether a Unix socket takes a connection: where it doesn't, docker's client would leave one open."""
+    scheme, _, path = host.partition("://")
+    if scheme != "http+unix":
+        return True
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_ENGINE_SECONDS)
+        return probe.connect_ex(path) == 0
 
 
 def start_kafka_container(stack: ExitStack) -> str:
