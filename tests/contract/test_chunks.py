@@ -203,7 +203,8 @@ def test_batch_with_a_broken_crc_is_taken_where_checks_are_off():
 def create_topic(servers, *, timestamp_type="CreateTime"):
     topic = f"chunks-{uuid.uuid4()}"
     admin = AdminClient({"bootstrap.servers": servers})  # a name, for it must outlive the wait
-    admin.create_topics([NewTopic(topic, 1, config={"message.timestamp.type": timestamp_type})])[topic].result(30)
+    config = {"message.timestamp.type": timestamp_type, "retention.ms": "-1"}  # the records' times are of long ago
+    admin.create_topics([NewTopic(topic, 1, config=config)])[topic].result(30)
     return topic
 
 
@@ -289,6 +290,22 @@ async def test_consumer_seeking_into_a_batch_gets_what_follows_only(bootstrap_se
         await up_to(count)
     assert chunks[0].start == start
     assert seen(chunks) == expected(*range(start, count))
+
+
+@pytest.mark.services
+async def test_consumer_seeking_back_before_the_chunk_it_just_got_reads_again(bootstrap_servers):
+    topic = create_topic(bootstrap_servers)
+    producer = Producer({"bootstrap.servers": bootstrap_servers})
+    async with consuming(bootstrap_servers, topic) as (app, up_to):
+        for end in (10, 20, 30):  # a chunk each: the last begins beyond where we go back to
+            send(producer, topic, range(end - 10, end))
+            assert producer.flush(30) == 0
+            chunks = await up_to(end)
+        for _ in range(3):
+            chunks.clear()
+            await app.consumer.seek(TP(topic, 0), 5)
+            await up_to(30)
+            assert seen(chunks) == expected(*range(5, 30))
 
 
 @pytest.mark.services
