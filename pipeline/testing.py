@@ -57,6 +57,7 @@ class FakeRecord(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes], ...] = ()
+    timestamp_type: int = 1  # LogAppendTime
 
 
 def record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple, Protocol
@@ -10,6 +11,7 @@ from pipeline.batch import Reason, Row
 from pipeline.errors import DecodeError
 from pipeline.report import (
     BACKSLASH,
+    MAX_TIMESTAMP_US,
     PARSE_ERRORS,
     SHORT_BYTES,
     Entry,
@@ -23,9 +25,10 @@ from pipeline.report import (
 
 # Spellings of agent ids seen lately, so that a UUID is parsed once and not in every report.
 _MAX_KNOWN_AGENTS: Final = 100_000
-# What sends a record from the fast path to the careful one: it can't be read, or its agent is not known yet.
-_UNCOMMON: Final = (*PARSE_ERRORS, KeyError)
+# What sends a record from the fast path to the careful one: it can't be used, or its agent is not known yet.
+_UNCOMMON: Final = (*PARSE_ERRORS, KeyError, DecodeError)
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
+_LOG_APPEND_TIME: Final = 1  # Kafka's TimestampType
 
 
 class Record(Protocol):
@@ -39,6 +42,11 @@ class Record(Protocol):
     @property
     def timestamp(self) -> int:
         """The broker's append time."""
+        ...
+
+    @property
+    def timestamp_type(self) -> int | None:
+        """1 (LogAppendTime): the broker's clock; else the producer's."""
         ...
 
     @property
@@ -119,12 +127,13 @@ class OpenWindow:
     def fold(self, records: Sequence[Record], start: int = 0) -> int:  # noqa: C901  # calls would cost more than the work
         """Fold `records[start:]` until all are done or the window is full; return the index of the next one.
 
-        A record that can't be used goes to `rejected`; the others are not affected.
+        Shape: `records` are of one record batch. One that can't be used goes to `rejected`; the others are not
+        affected.
         """
         # The hot loop, one turn an entry: names are local, and what is rare has left for a method.
         agents, known, capacity = self._agents, self._known, self._capacity - len(self.rejected)
         pairs, count, index, end = self.pairs, self.entries, start, len(records)
-        certain = self._latest_believed(records[start].timestamp) if start < end else _NEVER
+        certain = self._certainly_believed(records[start]) if start < end else _NEVER
         while index < end and pairs < capacity:
             record = records[index]
             index += 1
@@ -135,17 +144,18 @@ class OpenWindow:
                 agent_id = known[report.agent_id]
                 if len(raw) > SHORT_BYTES or BACKSLASH in raw:
                     problem = apply_limits(report)
+                moment = report.collected_at
+                if moment is None or moment >= certain:
+                    moment = self._believe(moment, record.timestamp)
             except _UNCOMMON:
                 try:
                     report, problem = decode_report(raw)
                     agent_id = self._learn(report.agent_id)
+                    moment = self._believe(report.collected_at, record.timestamp)
                 except DecodeError as error:
                     self.rejected.append(Rejected(record, str(error)))
                     capacity -= 1
                     continue
-            moment = report.collected_at
-            if moment is None or moment > certain:
-                moment = self._believe(moment, record.timestamp)
             held_by_key = agents.get(agent_id)
             if held_by_key is None:
                 held_by_key = agents[agent_id] = {}
@@ -184,19 +194,47 @@ class OpenWindow:
         first = self.last + 1 if self.first is None else self.first
         return ClosedWindow(reason, self.start, end, first, self.last, rows, self.rejected, self.entries, self.clamped)
 
+    def _certainly_believed(self, record: Record) -> datetime:
+        """Return up to which time, not included, an agent is believed without a look at each record's own timestamp.
+
+        Records of one fold are of one record batch, so that with LogAppendTime all have the same.
+        """
+        if record.timestamp_type == _LOG_APPEND_TIME:
+            with contextlib.suppress(DecodeError):
+                return self._latest_believed(record.timestamp)
+        return _NEVER
+
     def _latest_believed(self, appended_ms: int) -> datetime:
-        return datetime.fromtimestamp(appended_ms / 1000, UTC) + self._max_clock_skew
+        try:
+            return _moment(appended_ms) + self._max_clock_skew
+        except OverflowError:
+            return _moment(appended_ms)
 
     def _believe(self, moment: datetime | None, appended_ms: int) -> datetime:
-        """Return an agent's time, unless it has none or is too far ahead of the broker's: then the broker's."""
+        """Return an agent's time, unless it has none or is too far ahead of the broker's: then the broker's.
+
+        Raises:
+            DecodeError: the record's timestamp is no time to judge by.
+        """
         if moment is not None:
             if moment <= self._latest_believed(appended_ms):
                 return moment
             self.clamped += 1
-        return datetime.fromtimestamp(appended_ms / 1000, UTC)
+        return _moment(appended_ms)
 
     def _learn(self, text: str) -> str:
         if len(self._known) >= _MAX_KNOWN_AGENTS:
             self._known.clear()
         agent_id = self._known[text] = canonical_agent_id(text)
         return agent_id
+
+
+def _moment(appended_ms: int) -> datetime:
+    """Return a record's timestamp as a datetime.
+
+    Raises:
+        DecodeError: it is before 1970 (-1 is Kafka's "none") or after 9999.
+    """
+    if 0 <= appended_ms * 1000 <= MAX_TIMESTAMP_US:
+        return datetime.fromtimestamp(appended_ms / 1000, UTC)
+    raise DecodeError(f"the record's timestamp, {appended_ms} ms, is not in 1970 to 9999; make the topic LogAppendTime")

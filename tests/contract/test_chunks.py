@@ -102,6 +102,7 @@ def test_record_batch_has_the_attributes_that_chunks_read():
     record = next(iter(batch))
     assert (record.offset, record.key, record.value, record.timestamp) == (5, *content(5)[:3])
     assert list(record.headers) == content(5)[3]
+    assert record.timestamp_type == 0  # CreateTime
 
 
 def test_fetch_result_hands_out_chunks_and_moves_the_position_past_each():

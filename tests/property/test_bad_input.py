@@ -20,25 +20,24 @@ from pipeline.report import (
 )
 from pipeline.testing import FakeRecord, record
 from pipeline.window import OpenWindow
+from tests.bad_input import CASES, GOOD, T0
+from tests.documentation import table_rows
 
 A1, A2 = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
 T0_MS = 1_704_067_200_000
 FIELDS = ["agent_id", "entries", "collected_at", "key", "value", "error"]
-TOO_LONG = "value of {} bytes exceeded 2048 bytes"
-GOOD = encode_report(Report(A1, [Entry("cpu", "12%"), Entry("mem", "1 GB")], datetime(2024, 1, 1, tzinfo=UTC)))
+CREATE_TIME, LOG_APPEND_TIME = 0, 1
 
 
-def fold(*values):
-    """Fold these record values between two good records; return (rows of other agents, rejected reasons)."""
-    window = OpenWindow(0, capacity=10**6, max_clock_skew=timedelta(seconds=60))
-    records = [
-        record(0, A2, k="before"),
-        *(FakeRecord(offset, T0_MS, None, value) for offset, value in enumerate(values, start=1)),
-        record(len(values) + 1, A2, l="after"),
-    ]
-    assert window.fold(records) == len(records)
+def fold(*bad, agent_is_known=False):
+    """Fold a record batch of these between two good ones; return (rows of other agents, rejected reasons)."""
+    known = {A1: A1} if agent_is_known else {}
+    window = OpenWindow(0, capacity=10**6, max_clock_skew=timedelta(seconds=60), known=known)
+    last = len(bad) + 1
+    for records in ([record(0, A2, k="before")], bad, [record(last, A2, l="after")]):
+        assert window.fold(records) == len(records)
     closed = window.close("scheduled", 1)
-    assert (closed.first, closed.last) == (0, len(values) + 1)
+    assert (closed.first, closed.last) == (0, last)
     assert [row.value for row in closed.rows if row.agent_id == A2] == ["before", "after"]
     return [row for row in closed.rows if row.agent_id != A2], [rejected.reason for rejected in closed.rejected]
 
@@ -64,7 +63,7 @@ anything = st.recursive(
 @example(b"")
 @example(b"null")
 def test_fold_of_any_bytes_is_a_row_or_a_reason(value):
-    rows, reasons = fold(value)
+    rows, reasons = fold(FakeRecord(1, T0_MS, None, value))
     assert all(reasons)
     for row in rows:
         assert str(uuid.UUID(row.agent_id)) == row.agent_id
@@ -75,81 +74,32 @@ def test_fold_of_any_bytes_is_a_row_or_a_reason(value):
         assert MIN_TIMESTAMP_US <= row.collected_at_us <= MAX_TIMESTAMP_US
 
 
-def entries(*given, **more):
-    return json.dumps({"agent_id": A1, "entries": list(given), **more}).encode()
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.row)
+@pytest.mark.parametrize("timestamp_type", [LOG_APPEND_TIME, CREATE_TIME])
+@pytest.mark.parametrize("agent_is_known", [False, True])
+def test_fold_of_bad_input_gives_the_documented_rows_and_reason(case, timestamp_type, agent_is_known):
+    appended_ms = T0_MS if case.timestamp_ms is None else case.timestamp_ms
+    bad = FakeRecord(1, appended_ms, None, case.value, timestamp_type=timestamp_type)
+    rows, reasons = fold(bad, agent_is_known=agent_is_known)
+    assert {row.key: (row.value, row.error, row.collected_at) for row in rows} == {
+        key: (value, error, at or T0) for key, (value, error, at) in case.rows.items()
+    }
+    assert len(reasons) == (case.reason is not None)
+    assert all(case.reason in reason for reason in reasons)
 
 
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        (GOOD[:-1], "truncated"),
-        (GOOD + b"}", "trailing"),
-        (b"\xef\xbb\xbf" + GOOD, "malformed"),
-        (GOOD.replace(b"12%", b"\xff\xfe"), "can't decode byte"),
-        (json.dumps({"entries": []}).encode(), "agent_id"),
-        (json.dumps({"agent_id": A1}).encode(), "entries"),
-        (json.dumps({"agent_id": 7, "entries": []}).encode(), "Expected `str`"),
-        (json.dumps({"agent_id": "agent-7", "entries": []}).encode(), "not a UUID"),
-        (entries({"value": "no key"}), "key"),
-        (entries({"key": "k", "value": None}), "got `null`"),
-        (entries({"key": "k", "value": 1.5}), "got `float`"),
-        (entries({"key": "k" * 128, "value": "v"}), "128 characters"),
-        (entries({"key": "k"}, collected_at="2024-01-01T00:00:00"), "timezone"),
-        (entries({"key": "k"}, collected_at="yesterday"), "collected_at"),
-        (entries({"key": "k"}, collected_at="10000-01-01T00:00:00Z"), "collected_at"),
-    ],
-)
-def test_fold_of_a_bad_record_gives_its_reason(value, reason):
-    rows, reasons = fold(value)
-    assert rows == []
-    assert len(reasons) == 1
-    assert reason in reasons[0]
+@pytest.mark.parametrize("is_first", [True, False])
+def test_fold_judges_each_record_of_a_create_time_topic_by_its_own_timestamp(is_first):
+    """One record's clock, decades ahead, must not let another's time through."""
+    ahead = encode_report(Report(A1, [Entry("k", "v")], datetime(2050, 1, 1, tzinfo=UTC)))
+    records = [
+        FakeRecord(0, 2_840_140_800_000, None, b"{}", timestamp_type=CREATE_TIME),
+        FakeRecord(1, T0_MS, None, ahead, timestamp_type=CREATE_TIME),
+    ]
+    window = OpenWindow(0, capacity=10**6, max_clock_skew=timedelta(seconds=60))
+    window.fold(records if is_first else records[::-1])
+    assert [row.collected_at for row in window.close("scheduled", 1).rows] == [T0]
 
 
-@pytest.mark.parametrize(
-    ("value", "row"),
-    [
-        (entries({"key": "k", "value": "a\0b"}), ("k", "a\ufffdb", "")),
-        (entries({"key": "k", "value": "\ud800"}), ("k", "\ufffd", "")),
-        (
-            entries({"key": "k", "value": "x" * 5_000_000}),
-            ("k", "x" * 2048, TOO_LONG.format(5_000_000)),
-        ),
-        (
-            entries({"key": "k", "value": "a" + "é" * 1024}),
-            ("k", "a" + "é" * 1023, TOO_LONG.format(2049)),
-        ),
-        (entries({"key": "k", "value": "first"}, {"key": "k", "value": "last"}), ("k", "last", "")),
-        (entries({"key": "k", "unit": "%"}, version=9), ("k", "", "")),
-    ],
-)
-def test_fold_repairs_what_can_be_repaired(value, row):
-    rows, reasons = fold(value)
-    assert [row[1:4] for row in rows] == [row]
-    assert reasons == []
-
-
-@pytest.mark.parametrize(
-    ("collected_at", "microseconds"),
-    [
-        ("2024-01-01T14:00:00+14:00", 1_704_067_200_000_000),
-        ("2023-12-31T23:59:59.123456789Z", 1_704_067_199_123_457),
-        ("0001-01-01T00:00:00Z", MIN_TIMESTAMP_US),
-        ("0001-01-01T00:00:00+14:00", MIN_TIMESTAMP_US),
-        ("9999-12-31T23:59:59Z", T0_MS * 1000),
-        ("9999-12-31T23:59:59-14:00", T0_MS * 1000),
-    ],
-)
-def test_fold_takes_any_time_with_an_offset_and_never_one_from_the_future(collected_at, microseconds):
-    rows, _ = fold(entries({"key": "k"}, collected_at=collected_at))
-    assert [row.collected_at_us for row in rows] == [microseconds]
-
-
-def test_fold_of_a_report_without_entries_is_nothing():
-    assert fold(entries()) == ([], [])
-
-
-def test_fold_of_100_000_entries_keeps_what_the_keys_limit_allows_and_says_so():
-    rows, (reason,) = fold(entries(*({"key": f"{number:06}"} for number in range(100_000))))
-    assert len(rows) == 1024
-    assert "98976 entries were left out" in reason
+def test_bad_input_of_designs_table_and_of_the_tests_is_the_same():
+    assert {row[0] for row in table_rows("DESIGN.md", "Bad input")} == {case.row for case in CASES}

@@ -1,0 +1,85 @@
+"""Bad input through real processes: its rows or its dead letter, and good records in between are untouched."""
+
+import uuid
+from datetime import UTC, datetime
+
+import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
+
+from pipeline.report import Entry, Report, encode_report
+from tests.bad_input import AGENT, CASES
+from tests.deployment import consume_all, eventually
+
+pytestmark = pytest.mark.services
+
+T0 = datetime(2024, 1, 1, tzinfo=UTC)
+
+
+def agent_id(number):
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, str(number)))
+
+
+def stamp_by_producers(settings):
+    """Make the events topic one of CreateTime, with any timestamp allowed."""
+    wanted = {"message.timestamp.type": "CreateTime", "message.timestamp.after.max.ms": str(2**63 - 1)}
+    entries = [ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in wanted.items()]
+    admin = AdminClient(settings.client_config())
+    resource = ConfigResource(ResourceType.TOPIC, settings.events_topic, incremental_configs=entries)
+    for done in admin.incremental_alter_configs([resource]).values():
+        done.result(30)
+
+
+def produce(settings, cases):
+    """Produce each case as an agent of its own, and after each a good record of one agent; one partition."""
+    # lz4: what is large here repeats itself, and the broker counts compressed bytes.
+    config = {**settings.client_config(), "compression.type": "lz4", "message.max.bytes": 50_000_000, "linger.ms": 200}
+    producer, refused = Producer(config), []
+    for number, case in enumerate(cases):
+        value = case.value and case.value.replace(AGENT.encode(), agent_id(number).encode())
+        key = case.record_key.replace(AGENT, agent_id(number))
+        timestamp = {} if case.timestamp_ms is None else {"timestamp": case.timestamp_ms}
+        good = encode_report(Report(agent_id("good"), [Entry(f"{number}", "v")], T0))
+        for raw, more in ((value, timestamp), (good, {})):
+            producer.produce(
+                settings.events_topic, raw, key, partition=0, on_delivery=lambda error, _: refused.append(error), **more
+            )
+    assert producer.flush(30) == 0
+    assert set(refused) == {None}
+
+
+@pytest.mark.parametrize("timestamp_type", ["LogAppendTime", "CreateTime"])
+async def test_bad_input_becomes_what_design_says_and_the_rest_is_untouched(deploy, timestamp_type):
+    pipeline = await deploy(partitions=1)
+    settings = pipeline.settings
+    cases = [case for case in CASES if case.timestamp_ms is None or timestamp_type == "CreateTime"]
+    if timestamp_type == "CreateTime":
+        stamp_by_producers(settings)
+    started = datetime.now(UTC).replace(microsecond=0)  # the broker counts milliseconds
+    produce(settings, cases)
+    await pipeline.started("worker")
+    await pipeline.started("sink")
+    pairs = {(agent_id("good"), f"{number}") for number in range(len(cases))}
+    pairs |= {(agent_id(number), key) for number, case in enumerate(cases) for key in case.rows}
+
+    async def all_are_there():
+        return (await pipeline.table()).keys() >= pairs
+
+    await eventually("all rows are there", all_are_there)
+    table = await pipeline.table()
+    assert table.keys() == pairs
+    for number, case in enumerate(cases):
+        assert table[agent_id("good"), f"{number}"] == ("v", "", T0)
+        for key, (value, error, at) in case.rows.items():
+            held = table[agent_id(number), key]
+            assert held[:2] == (value, error)
+            assert held[2] == at or (at is None and started <= held[2] <= datetime.now(UTC))
+    letters = consume_all(settings, settings.dead_letter_topic)
+    reasons = {int(header(letter, "offset")): header(letter, "exception.message") for letter in letters}
+    expected = {2 * number: case.reason for number, case in enumerate(cases) if case.reason}
+    assert reasons.keys() == expected.keys()
+    assert [reasons[offset] for offset, reason in expected.items() if reason not in reasons[offset]] == []
+
+
+def header(letter, name):
+    return dict(letter.headers())[f"__connect.errors.{name}"].decode()
