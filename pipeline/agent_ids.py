@@ -19,12 +19,20 @@ MAX_PAYLOAD_BYTES: Final = 7999
 MAX_IDS_PER_PAYLOAD: Final = MAX_PAYLOAD_BYTES // ENCODED_ID_CHARS
 
 
-def encode_agent_id(agent_id: uuid.UUID) -> str:
-    """Encode an id as 22 characters: standard base64 alphabet, unpadded.
+def encode_agent_id(agent_id: uuid.UUID, buffer: bytearray | memoryview | None = None) -> str:
+    """Encode an id as 22 characters: standard base64 alphabet, unpadded; and at the start of `buffer`, if one is given.
 
     Not the URL-safe alphabet: listeners compare the text, and would miss ids with + or / silently.
+
+    Raises:
+        ValueError: the buffer has fewer than 22 bytes; it is left as it was.
     """
-    return base64.b64encode(agent_id.bytes)[:ENCODED_ID_CHARS].decode("ascii")
+    encoded = base64.b64encode(agent_id.bytes)[:ENCODED_ID_CHARS]
+    if buffer is not None:
+        if len(buffer) < ENCODED_ID_CHARS:
+            raise ValueError(f"a buffer of {len(buffer)} bytes is too small: an agent id takes {ENCODED_ID_CHARS}")
+        buffer[:ENCODED_ID_CHARS] = encoded
+    return encoded.decode("ascii")
 
 
 def encode_agent_id_chunks(agent_ids: Iterable[uuid.UUID]) -> list[str]:

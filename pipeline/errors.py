@@ -34,6 +34,7 @@ class ServiceUnavailable(PipelineError):
     """Kafka or Postgres is away or busy: keep what you have, wait, try again."""
 
     retriable: ClassVar[bool] = True
+    unpublished: int = 0  # NOTIFY payloads that Postgres had taken before it failed; another try sends them again
 
 
 class RowRejected(PipelineError):

@@ -6,22 +6,73 @@ from collections.abc import Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.registry import Collector
 
+PREFIX: Final = "agent_metadata_"
+# With it, metadatabatcher's seven metrics bear coder's own names.
+CODER_PREFIX: Final = "coderd_agentapi_metadata_"
 # Source of the buckets: coder's metadatabatcher, so that its dashboards fit; names differ in the prefix only.
 UTILIZATION_BUCKETS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 40, 80, 160)
 BATCH_SIZE_BUCKETS: Final = (10, 25, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500)
 FLUSH_SECONDS_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
 
+class Metrics:
+    """metadatabatcher's seven metrics, with its buckets and labels; registered nowhere yet.
+
+    `prefix` is PREFIX, or CODER_PREFIX for coder's own names. A sink fills all but `dropped_keys`, which is a
+    producer's: what has reached Kafka is not dropped.
+    """
+
+    def __init__(self, prefix: str = PREFIX) -> None:
+        self.batch_utilization = Histogram(
+            f"{prefix}batch_utilization",
+            "Keys per agent and batch, observed after the commit.",
+            buckets=UTILIZATION_BUCKETS,
+            registry=None,
+        )
+        self.batch_size = Histogram(
+            f"{prefix}batch_size", "Entries per applied batch.", buckets=BATCH_SIZE_BUCKETS, registry=None
+        )
+        self.flush_seconds = Histogram(
+            f"{prefix}flush_duration_seconds",
+            "Duration of the transaction that applied a batch, NOTIFY and retries included.",
+            ["reason"],
+            buckets=FLUSH_SECONDS_BUCKETS,
+            registry=None,
+        )
+        self.batches = Counter(f"{prefix}batches", "Batches applied.", ["reason"], registry=None)
+        self.dropped_keys = Counter(
+            f"{prefix}dropped_keys",
+            "Entries of reports that a producer dropped because its local queue was full.",
+            registry=None,
+        )
+        self.flushed = Counter(f"{prefix}flushed", "Entries of applied batches.", registry=None)
+        self.publish_errors = Counter(
+            f"{prefix}publish_errors",
+            "NOTIFY payloads of transactions that failed; they were sent again when these were tried again.",
+            registry=None,
+        )
+
+    def collectors(self) -> list[Collector]:
+        """Return the seven, to be registered."""
+        return [
+            self.batch_utilization,
+            self.batch_size,
+            self.flush_seconds,
+            self.batches,
+            self.dropped_keys,
+            self.flushed,
+            self.publish_errors,
+        ]
+
+
 class ProducerMetrics:
     """What a MetadataProducer counts."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.dropped_keys = Counter(
-            "agent_metadata_dropped_keys",
-            "Entries of reports dropped because the local queue was full.",
-            registry=registry,
-        )
+    def __init__(self, registry: CollectorRegistry, prefix: str = PREFIX) -> None:
+        self.dropped_keys = Metrics(prefix).dropped_keys
+        registry.register(self.dropped_keys)
         self.failed_deliveries = Counter(
             "agent_metadata_failed_deliveries", "Reports that Kafka did not acknowledge.", registry=registry
         )
@@ -59,28 +110,13 @@ class WorkerMetrics:
             self._open_pairs.labels(partition).set(count)
 
 
-class SinkMetrics:
-    """What a sink counts; the first five are metadatabatcher's, observed after the commit."""
+class SinkMetrics(Metrics):
+    """What a sink counts: metadatabatcher's seven, and its own."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.batch_utilization = Histogram(
-            "agent_metadata_batch_utilization",
-            "Keys per agent and batch.",
-            buckets=UTILIZATION_BUCKETS,
-            registry=registry,
-        )
-        self.batch_size = Histogram(
-            "agent_metadata_batch_size", "Entries per batch.", buckets=BATCH_SIZE_BUCKETS, registry=registry
-        )
-        self.flush_seconds = Histogram(
-            "agent_metadata_flush_duration_seconds",
-            "Duration of the transaction that applied a batch.",
-            ["reason"],
-            buckets=FLUSH_SECONDS_BUCKETS,
-            registry=registry,
-        )
-        self.batches = Counter("agent_metadata_batches", "Batches applied.", ["reason"], registry=registry)
-        self.flushed = Counter("agent_metadata_flushed", "Entries of applied batches.", registry=registry)
+    def __init__(self, registry: CollectorRegistry, prefix: str = PREFIX) -> None:
+        super().__init__(prefix)
+        for collector in self.collectors():
+            registry.register(collector)
         self.skipped_batches = Counter(
             "agent_metadata_skipped_batches", "Batches whose source range was applied already.", registry=registry
         )

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -13,7 +14,7 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from prometheus_client import CollectorRegistry
 
-from pipeline.metrics import ProducerMetrics
+from pipeline.metrics import PREFIX, ProducerMetrics
 from pipeline.report import Entry, Report, apply_limits, encode_report, key_problem
 
 # Source: metadatabatcher warns of dropped entries at most this often.
@@ -36,10 +37,18 @@ class MetadataProducer:
         *,
         topic: str = "agent-metadata.events.v1",
         registry: CollectorRegistry | None = None,
+        metrics_prefix: str = PREFIX,
+        logger: Any = None,
         max_queued_reports: int = 100_000,
     ) -> None:
+        """Make a producer.
+
+        `registry` takes its metrics, `metrics_prefix` is that of `dropped_keys` (metrics.CODER_PREFIX for coder's own
+        name); `logger` is a structlog logger, by default this module's.
+        """
         self._topic = topic
-        self._metrics = ProducerMetrics(registry or CollectorRegistry())
+        self._metrics = ProducerMetrics(registry or CollectorRegistry(), metrics_prefix)
+        self._log = logger or _log
         self._warned_at = -DROP_WARNING_SECONDS
         self._dropped_since_warning = 0
         self._is_closed = False
@@ -53,7 +62,7 @@ class MetadataProducer:
                 # Java's default for keyed records, so that an agent's records from any client share a partition.
                 "partitioner": "murmur2",
                 "queue.buffering.max.messages": max_queued_reports,
-                "error_cb": _log_error,
+                "error_cb": partial(_log_error, self._log),
             }
         )
 
@@ -104,7 +113,7 @@ class MetadataProducer:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if left := self.close():
-            _log.warning("reports_not_acknowledged", count=left, advice="is Kafka up?")
+            self._log.warning("reports_not_acknowledged", count=left, advice="is Kafka up?")
 
     def _produce(self, report: Report) -> bool:
         self._producer.poll(0)
@@ -127,13 +136,13 @@ class MetadataProducer:
         self._dropped_since_warning += entries
         now = time.monotonic()
         if now - self._warned_at >= DROP_WARNING_SECONDS:
-            _log.warning("local_queue_full", dropped_keys=self._dropped_since_warning, advice="is Kafka up?")
+            self._log.warning("local_queue_full", dropped_keys=self._dropped_since_warning, advice="is Kafka up?")
             self._warned_at, self._dropped_since_warning = now, 0
 
     def _delivered(self, error: KafkaError | None, _message: Message) -> None:
         if error is not None:
             self._metrics.failed_deliveries.inc()
-            _log.warning("report_not_delivered", topic=self._topic, error=error.str())
+            self._log.warning("report_not_delivered", topic=self._topic, error=error.str())
 
 
 def _report(
@@ -170,5 +179,5 @@ def _to_utc(moment: datetime) -> datetime:
         raise ValueError(f"collected_at {moment.isoformat()} is outside the years 1 to 9999 in UTC") from None
 
 
-def _log_error(error: KafkaError) -> None:
-    _log.warning("kafka_unavailable", error=error.str())
+def _log_error(log: Any, error: KafkaError) -> None:
+    log.warning("kafka_unavailable", error=error.str())

@@ -117,7 +117,9 @@ async def run_sink(settings: Settings) -> None:
     publisher = Publisher(settings.client_config())
     registry = CollectorRegistry()
     batches = topics["batches"]
-    consumer, sink = wire_sink(settings, batches, store, publisher, SinkMetrics(registry), fail)
+    consumer, sink = wire_sink(
+        settings, batches, store, publisher, SinkMetrics(registry, settings.metrics_prefix), fail
+    )
     heartbeat = Heartbeat()
     serve_health(
         settings.metrics_port,

@@ -84,6 +84,9 @@ class Settings(BaseSettings):
         default=10.0, ge=1, le=300, description="after which a silent worker's or sink's partitions move on"
     )
     metrics_port: int = Field(default=0, ge=0, le=65_535, description="of /metrics; 0 = off")
+    metrics_prefix: Literal["agent_metadata_", "coderd_agentapi_metadata_"] = Field(
+        default="agent_metadata_", description="of metadatabatcher's seven metrics; the second is coder's own"
+    )
     log_format: Literal["console", "json"] = Field(default="console", description="of the log on stderr")
 
     @field_validator("kafka_bootstrap_servers")

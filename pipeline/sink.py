@@ -193,6 +193,7 @@ class Sink:
     def _hold(self, state: tenacity.RetryCallState) -> None:
         self._metrics.failed_flushes.inc()
         error = state.outcome.exception() if state.outcome else None
+        self._metrics.publish_errors.inc(getattr(error, "unpublished", 0))
         if not self.is_holding:
             self.is_holding = True
             held_since = time.monotonic()

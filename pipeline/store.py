@@ -14,7 +14,7 @@ import asyncpg
 from pipeline.agent_ids import NOTIFY_CHANNEL, encode_agent_id_chunks
 from pipeline.batch import Batch, Columns, Row, merge
 from pipeline.data_files import data_dir
-from pipeline.errors import ProgressGap, RowRejected
+from pipeline.errors import ProgressGap, RowRejected, ServiceUnavailable
 from pipeline.postgres_errors import translated_errors
 
 # Measured over 200,000 rows with the plan pinned: larger statements gain nothing more.
@@ -118,16 +118,27 @@ class Store:
             ServiceUnavailable: nothing was applied; try again.
             ProgressGap: nothing was applied; records before these are missing.
         """
+        applied = Applied()
         try:
-            return await self._apply(target, received, None, earliest)
-        except RowRejected:
-            # Rare: so only then are savepoints paid for.
-            return await self._apply(target, received, reject, earliest)
+            try:
+                await self._apply(target, received, None, earliest, applied)
+            except RowRejected:
+                # Rare: so only then are savepoints paid for.
+                applied = Applied()
+                await self._apply(target, received, reject, earliest, applied)
+        except ServiceUnavailable as error:
+            error.unpublished = applied.payloads
+            raise
+        return applied
 
     async def _apply(
-        self, target: PartitionId, received: Sequence[Received], reject: Reject | None, earliest: int
-    ) -> Applied:
-        applied = Applied()
+        self,
+        target: PartitionId,
+        received: Sequence[Received],
+        reject: Reject | None,
+        earliest: int,
+        applied: Applied,
+    ) -> None:
         async with (
             translated_errors("applying batches"),
             self._pool.acquire() as connection,
@@ -147,13 +158,12 @@ class Store:
                     await self._write_bisecting(connection, part, applied, reject)
             if self._is_notifying and applied.agent_ids:
                 payloads = encode_agent_id_chunks(sorted(applied.agent_ids))
-                await connection.execute(statement("notify"), NOTIFY_CHANNEL, payloads)
                 applied.payloads = len(payloads)
+                await connection.execute(statement("notify"), NOTIFY_CHANNEL, payloads)
             moved = [(*partition, offset) for partition, offset in reached.items() if offset != progress[partition]]
             if moved:
                 topic_ids, partitions, offsets = (list(column) for column in zip(*moved, strict=True))
                 await connection.execute(statement("save_progress"), topic_ids, partitions, offsets)
-        return applied
 
     async def _lock_progress(
         self, connection: Any, target: PartitionId, received: Sequence[Received]

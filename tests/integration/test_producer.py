@@ -5,6 +5,7 @@ import uuid
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
+import structlog
 from aiokafka.partitioner import DefaultPartitioner
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
@@ -266,3 +267,12 @@ def test_report_that_kafka_refuses_is_counted_and_logged(bootstrap_servers):
             producer.add(A1, ["k"], ["v"], [""])
     assert registry.get_sample_value("agent_metadata_failed_deliveries_total") == 1
     assert [entry["event"] for entry in logs] == ["report_not_delivered"]
+
+
+def test_what_is_dropped_is_told_to_the_logger_that_was_given():
+    with capture_logs() as logs:
+        logger = structlog.get_logger("of-the-test").bind(service="agents")
+        producer = MetadataProducer(NOBODY, logger=logger, max_queued_reports=1)
+        for _ in range(2):
+            producer.add(A1, ["k"], ["v"], [""])
+    assert [entry["service"] for entry in logs if entry["event"] == "local_queue_full"] == ["agents"]

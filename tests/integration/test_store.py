@@ -251,3 +251,31 @@ async def test_errors_are_told_apart_by_sqlstate(connection, sqlstate, error):
 async def test_connect_to_nothing_is_unavailable():
     with pytest.raises(ServiceUnavailable, match="did not answer while connecting"):
         await Store.connect("postgresql://127.0.0.1:1/none", connections=1, undeclared="insert", notify=True)
+
+
+async def test_payloads_of_a_transaction_that_fails_at_its_commit_are_told_of(store, connection):
+    await connection.execute(
+        "create function fail() returns trigger language plpgsql as "
+        "$$ begin raise exception 'the NOTIFY queue is full' using errcode = '54000'; end $$"
+    )
+    await connection.execute(
+        "create constraint trigger fail after insert on workspace_agent_metadata "
+        "deferrable initially deferred for each row execute function fail()"
+    )
+    with pytest.raises(ServiceUnavailable) as failure:
+        await apply(store, (0, batch(row())))
+    assert failure.value.unpublished == 1
+    assert await table(connection) == {}
+
+
+async def test_payloads_of_a_transaction_that_fails_before_its_notify_are_none(store, connection):
+    await connection.execute(
+        "create function fail() returns trigger language plpgsql as "
+        "$$ begin raise exception 'the disk is full' using errcode = '53100'; end $$"
+    )
+    await connection.execute(
+        "create trigger fail before insert on workspace_agent_metadata for each row execute function fail()"
+    )
+    with pytest.raises(ServiceUnavailable) as failure:
+        await apply(store, (0, batch(row())))
+    assert failure.value.unpublished == 0

@@ -38,3 +38,26 @@ def test_decode_agent_ids_refuses_what_is_no_list_of_ids(payload):
 
 def test_decode_agent_ids_of_nothing_is_nothing():
     assert list(decode_agent_ids("")) == []
+
+
+@pytest.mark.parametrize("size", [22, 30])
+def test_encode_agent_id_writes_into_a_buffer(size):
+    agent_id = uuid.uuid4()
+    buffer = bytearray(b"." * size)
+    assert encode_agent_id(agent_id, buffer) == buffer[:22].decode()
+    assert buffer[22:] == b"." * (size - 22)
+
+
+def test_encode_agent_id_writes_into_a_part_of_a_payload():
+    agent_ids = [uuid.uuid4(), uuid.uuid4()]
+    payload = bytearray(44)
+    for number, agent_id in enumerate(agent_ids):
+        encode_agent_id(agent_id, memoryview(payload)[number * 22 : number * 22 + 22])
+    assert decode_agent_ids(payload.decode()) == agent_ids
+
+
+def test_encode_agent_id_refuses_a_buffer_that_is_too_small():
+    buffer = bytearray(21)
+    with pytest.raises(ValueError, match="a buffer of 21 bytes is too small: an agent id takes 22"):
+        encode_agent_id(uuid.uuid4(), buffer)
+    assert buffer == bytearray(21)

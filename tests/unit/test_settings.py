@@ -45,6 +45,7 @@ WRONG = [
     ("AGENT_METADATA_SESSION_TIMEOUT_SECONDS", "301", "less than or equal to 300"),
     ("AGENT_METADATA_METRICS_PORT", "-1", "greater than or equal to 0"),
     ("AGENT_METADATA_METRICS_PORT", "65536", "less than or equal to 65535"),
+    ("AGENT_METADATA_METRICS_PREFIX", "coder_", "'agent_metadata_' or 'coderd_agentapi_metadata_'"),
     ("AGENT_METADATA_LOG_FORMAT", "xml", "'console' or 'json'"),
 ]
 

@@ -93,3 +93,31 @@ async def test_gap_while_kafka_is_away_is_held_until_it_answers(topic):
     topic.unanswered = 1
     topic.receive(2)
     await asyncio.wait_for(topic.is_done.wait(), 10)
+
+
+async def test_failed_flushes_and_their_payloads_are_counted():
+    registry = CollectorRegistry()
+    done = asyncio.Event()
+    failures = [ServiceUnavailable("at the commit"), ServiceUnavailable("before the NOTIFY")]
+    failures[0].unpublished = 3
+
+    async def apply(partition, received, reject, *, earliest):
+        if failures:
+            raise failures.pop(0)
+        done.set()
+        return Applied()
+
+    topic = Topic()
+    topic.sink = Sink(
+        source=topic,
+        apply=apply,
+        dead_letter_record=None,
+        dead_letter_row=None,
+        metrics=SinkMetrics(registry),
+        on_failure=pytest.fail,
+    )
+    topic.receive(0)
+    await asyncio.wait_for(done.wait(), 30)
+    topic.sink.lose([0])
+    assert registry.get_sample_value("agent_metadata_failed_flushes_total") == 2
+    assert registry.get_sample_value("agent_metadata_publish_errors_total") == 3

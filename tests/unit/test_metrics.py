@@ -1,0 +1,76 @@
+"""metadatabatcher's metrics, and the names under which its API is to be found here."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from pipeline.metrics import CODER_PREFIX, PREFIX, Metrics, SinkMetrics
+from pipeline.settings import Settings
+
+# metadatabatcher's, as its Go source registers them: name, type, labels, buckets.
+SEVEN = [
+    ("batch_utilization", "histogram", (), (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 40, 80, 160)),
+    ("batch_size", "histogram", (), (10, 25, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500)),
+    ("flush_duration_seconds", "histogram", ("reason",), (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)),
+    ("batches_total", "counter", ("reason",), None),
+    ("dropped_keys_total", "counter", (), None),
+    ("flushed_total", "counter", (), None),
+    ("publish_errors_total", "counter", (), None),
+]
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, CODER_PREFIX])
+def test_metrics_are_metadatabatchers_seven_under_either_prefix(prefix):
+    metrics = Metrics(prefix)
+    for labelled in (metrics.flush_seconds, metrics.batches):
+        labelled.labels("scheduled")
+    registry = CollectorRegistry()
+    for collector in metrics.collectors():
+        registry.register(collector)
+    found = []
+    for family in registry.collect():
+        own = [sample for sample in family.samples if not sample.name.endswith("_created")]
+        labels = tuple(sorted({label for sample in own for label in sample.labels} - {"le"}))
+        bounds = [float(sample.labels["le"]) for sample in own if sample.name.endswith("_bucket")]
+        name = family.name + ("_total" if family.type == "counter" else "")
+        found.append((name, family.type, labels, tuple(bounds[:-1]) if bounds else None))
+    assert found == [(prefix + name, *rest) for name, *rest in SEVEN]
+
+
+def test_a_sink_bears_coders_names_on_request_and_keeps_its_own():
+    registry = CollectorRegistry()
+    SinkMetrics(registry, Settings(metrics_prefix="coderd_agentapi_metadata_").metrics_prefix)
+    names = {family.name for family in registry.collect()}
+    assert {name for name in names if name.startswith("coderd_")} == {
+        CODER_PREFIX + name.removesuffix("_total") for name, *_ in SEVEN
+    }
+    assert "agent_metadata_rows_written" in names
+
+
+def names_in_readme():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.split("### Its names here")[1].split("\n## ")[0]
+    return [
+        name
+        for line in table.splitlines()
+        if line.startswith("|")
+        for name in re.findall(r"`([a-z_]+\.[A-Za-z_.]+)`", "|".join(line.split("|")[2:]))
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(set(names_in_readme())))
+def test_names_that_the_readme_maps_to_are_there(name):
+    module, *path = name.split(".")
+    found = importlib.import_module(f"pipeline.{module}")
+    for attribute in path:
+        found = getattr(found, attribute)
+
+
+def test_metrics_that_the_readme_maps_to_are_there():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    fields = re.findall(r"\| `Metrics\.\w+` \| `\.(\w+)` \|", readme)
+    metrics = Metrics()
+    assert {id(getattr(metrics, name)) for name in fields} == {id(collector) for collector in metrics.collectors()}
