@@ -129,6 +129,7 @@ class _Original(NamedTuple):
     timestamp: int
     key: bytes | None
     value: bytes | None
+    timestamp_type: int = 0  # whosever clock it was, it is judged by its own
 
 
 def restore(letter: DeadLetter, *, max_clock_skew: timedelta) -> list[Report]:
