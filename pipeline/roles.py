@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Final
@@ -135,8 +136,10 @@ async def run_sink(settings: Settings) -> None:
     try:
         await asyncio.wait([consuming, waiting], return_when=asyncio.FIRST_COMPLETED)
         if not failures and not consuming.done():
-            with contextlib.suppress(ServiceUnavailable):
+            try:
                 await sink.drain(await consumer.ends(), SHUTDOWN_SECONDS)
+            except ServiceUnavailable as away:
+                _log.warning("batches_left_unapplied", why=str(away), advice="they wait in Kafka for the next start")
     finally:
         waiting.cancel()
         await consumer.close()
@@ -182,7 +185,7 @@ def wire_sink(
         target = PartitionId(topic_id, partition, batches.name)
         return await store.apply(target, [Received(*item) for item in received], reject, earliest=earliest)
 
-    async def dead_letter_record(message: Message, reason: str) -> None:
+    async def dead_letter_record(message: Message, reason: str) -> asyncio.Future[None]:
         headers = dead_letter_headers(
             topic=batches.name,
             partition=message.partition(),
@@ -192,9 +195,9 @@ def wire_sink(
             error_class="DecodeError",
             message=reason,
         )
-        await (await publisher.send(settings.dead_letter_topic, message.value(), headers=headers))
+        return await publisher.send(settings.dead_letter_topic, message.value(), headers=headers)
 
-    async def dead_letter_row(partition: int, row: Row, error: RowRejected) -> None:
+    async def dead_letter_row(partition: int, row: Row, error: RowRejected) -> asyncio.Future[None]:
         """Send the row as a report of one entry, ready to be redriven once its cause is gone."""
         headers = dead_letter_headers(
             topic=batches.name,
@@ -208,7 +211,7 @@ def wire_sink(
         entry = Entry(row.key, row.value, row.error)
         report = encode_report(Report(row.agent_id, [entry], row.collected_at))
         key = row.agent_id.encode()
-        await (await publisher.send(settings.dead_letter_topic, report, key=key, headers=headers))
+        return await publisher.send(settings.dead_letter_topic, report, key=key, headers=headers)
 
     consumer = BatchConsumer(
         settings.client_config(),
@@ -284,6 +287,17 @@ async def _open_store(settings: Settings) -> Store:
 
 
 def _on_stop_signals(stop: Callable[[], None]) -> None:
+    """Have the first SIGTERM or SIGINT stop in order, and the second end this process where it stands."""
+    signals: list[int] = []
+
+    def on_signal(number: int) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            # As safe as kill -9: what is not committed is read again.
+            _log.warning("ended_by_second_signal", advice="what was under way is read again from Kafka")
+            os._exit(128 + number)
+        stop()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, on_signal, number)

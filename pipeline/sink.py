@@ -12,7 +12,7 @@ import structlog
 import tenacity
 
 from pipeline.batch import Row, decode_batch
-from pipeline.errors import DecodeError, ProgressGap, RowRejected, ServiceUnavailable
+from pipeline.errors import ConfigError, DecodeError, ProgressGap, RowRejected, ServiceUnavailable
 from pipeline.metrics import SinkMetrics
 
 # Waiting batches are merged up to this many entries a transaction: enough for dedup after an outage, and short
@@ -42,8 +42,9 @@ class BatchSource(Protocol):
     async def earliest(self, partition: int) -> int: ...  # noqa: D102
 
 
-DeadLetterRecord = Callable[[Any, str], Awaitable[None]]
-DeadLetterRow = Callable[[int, Row, RowRejected], Awaitable[None]]
+# Both send, and return what is done when Kafka has it.
+DeadLetterRecord = Callable[[Any, str], Awaitable[Awaitable[None]]]
+DeadLetterRow = Callable[[int, Row, RowRejected], Awaitable[Awaitable[None]]]
 Apply = Callable[..., Awaitable[Any]]
 
 
@@ -105,6 +106,8 @@ class Sink:
         deadline = time.monotonic() + timeout_seconds
         while any(self._applied.get(partition, 0) < end for partition, end in ends.items()):
             if self.is_holding or time.monotonic() > deadline:
+                why = "Postgres is away" if self.is_holding else f"not all was applied within {timeout_seconds:g} s"
+                _log.warning("batches_left_unapplied", why=why, advice="they wait in Kafka for the next start")
                 return False
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
         return True
@@ -147,7 +150,9 @@ class Sink:
             ProgressGap: records before these are missing although Kafka still has them.
         """
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(ServiceUnavailable),
+            # ConfigError: a password or a right that was taken away while this ran is given back, or is not, by
+            # somebody who sees that batches are held back; ending would change nothing.
+            retry=tenacity.retry_if_exception_type((ServiceUnavailable, ConfigError)),
             wait=tenacity.wait_random_exponential(_FIRST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS),
             before_sleep=self._hold,
             reraise=True,
@@ -168,12 +173,12 @@ class Sink:
 
     async def _next(self, waiting: deque[Any]) -> tuple[list[Any], list[tuple[int, Any]]]:
         """Decode as many waiting records as go into one transaction; they stay in `waiting` until it is done."""
-        messages, received, entries = [], [], 0
+        messages, received, entries, acknowledgements = [], [], 0, []
         for message in tuple(waiting):
             try:
                 batch = decode_batch(message.value())
             except DecodeError as error:
-                await self._dead_letter_record(message, str(error))
+                acknowledgements.append(await self._dead_letter_record(message, str(error)))
                 self._metrics.dead_letters.labels("undecodable").inc()
                 batch = None
             messages.append(message)
@@ -181,12 +186,13 @@ class Sink:
             entries += len(batch.agent_ids) if batch else 0
             if entries >= MAX_ENTRIES_PER_TRANSACTION:
                 break
+        await asyncio.gather(*acknowledgements)
         return messages, received
 
-    def _rejecting(self, partition: int) -> Callable[[Row, RowRejected], Awaitable[None]]:
-        async def reject(row: Row, error: RowRejected) -> None:
+    def _rejecting(self, partition: int) -> Callable[[Row, RowRejected], Awaitable[Awaitable[None]]]:
+        async def reject(row: Row, error: RowRejected) -> Awaitable[None]:
             _log.warning("row_rejected", agent_id=row.agent_id, sqlstate=error.sqlstate)
-            await self._dead_letter_row(partition, row, error)
+            return await self._dead_letter_row(partition, row, error)
 
         return reject
 

@@ -24,7 +24,8 @@ COMMAND_TIMEOUT_SECONDS: Final = 60.0
 CONNECT_TIMEOUT_SECONDS: Final = 10.0
 CLOSE_TIMEOUT_SECONDS: Final = 2.0
 
-Reject = Callable[[Row, RowRejected], Awaitable[None]]
+# Sends a row to the dead-letter topic; what it returns is done when Kafka has it.
+Reject = Callable[[Row, RowRejected], Awaitable[Awaitable[None]]]
 
 
 class PartitionId(NamedTuple):
@@ -54,6 +55,7 @@ class Applied:
     agent_ids: set[uuid.UUID] = field(default_factory=set)
     payloads: int = 0
     rejected: int = 0
+    dead_letters: list[Awaitable[None]] = field(default_factory=list)
 
 
 @cache
@@ -145,6 +147,9 @@ class Store:
             connection.transaction(),
         ):
             await connection.execute(statement("pin_plan"))
+            if reject is not None:
+                # A check that waits for the commit would refuse the whole transaction, and no row could be blamed.
+                await connection.execute("set constraints all immediate")
             progress = await self._lock_progress(connection, target, received)
             reached = dict(progress)
             _choose(target, received, reached, applied, earliest)
@@ -164,6 +169,7 @@ class Store:
             if moved:
                 topic_ids, partitions, offsets = (list(column) for column in zip(*moved, strict=True))
                 await connection.execute(statement("save_progress"), topic_ids, partitions, offsets)
+            await asyncio.gather(*applied.dead_letters)
 
     async def _lock_progress(
         self, connection: Any, target: PartitionId, received: Sequence[Received]
@@ -195,7 +201,7 @@ class Store:
                 changed = await self._write(connection, rows)
         except RowRejected as error:
             if len(rows.keys) == 1:
-                await reject(next(rows.rows()), error)
+                applied.dead_letters.append(await reject(next(rows.rows()), error))
                 applied.rejected += 1
                 return
             middle = len(rows.keys) // 2

@@ -37,13 +37,24 @@ class Supervisor:
         """Run until SIGTERM or SIGINT, or until a role says that its settings are wrong; return the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+            loop.add_signal_handler(number, self._on_signal, number)
         keepers = {role: asyncio.create_task(self._keep(role)) for role in self._environments}
+        for keeper in keepers.values():
+            keeper.add_done_callback(lambda _: self._stop.set())  # on an error too: it is raised below
         await self._stop.wait()
-        for role, keeper in keepers.items():  # the worker first: the sink then applies what it leaves
+        for role in keepers:  # the worker first: the sink then applies what it leaves
             await self._end(role)
-            await keeper
+        await asyncio.gather(*keepers.values())
         return self._exit_code
+
+    def _on_signal(self, number: int) -> None:
+        """Stop in order; at a second signal, kill: what the roles held is read again from Kafka."""
+        if self._stop.is_set():
+            self._exit_code = 128 + number
+            for process in self._processes.values():
+                if process.returncode is None:
+                    process.kill()
+        self._stop.set()
 
     async def _keep(self, role: str) -> None:
         loop = asyncio.get_running_loop()

@@ -158,7 +158,9 @@ class OpenWindow:
                     continue
             held_by_key = agents.get(agent_id)
             if held_by_key is None:
-                held_by_key = agents[agent_id] = {}
+                held_by_key = {}
+                if report.entries:  # else ever new agents without entries would fill the memory uncounted
+                    agents[agent_id] = held_by_key
             for entry in report.entries:
                 count += 1
                 at = moment

@@ -13,13 +13,14 @@ from typing import Any, Final, Protocol
 import faust
 import mode
 import structlog
+from aiokafka.errors import KafkaError
 from faust import streams
 from faust.types import TP
 
 from pipeline.batch import Source, Window, encode_batch, split
 from pipeline.chunks import Chunk, ChunkApp, ChunkConsumer, ChunkSchema
 from pipeline.clock import Clock
-from pipeline.errors import ConfigError, TopicMismatch
+from pipeline.errors import ConfigError, ServiceUnavailable, TopicMismatch
 from pipeline.latest import LatestTable, LatestTables
 from pipeline.metrics import WorkerMetrics
 from pipeline.partition import SourcePartition
@@ -109,8 +110,16 @@ class Worker:
     async def run(self) -> None:
         """Run until `stop` is called or something fails.
 
-        Raises: what failed; nothing that was not safe is committed then, and a new start reads it again.
+        Raises:
+            ServiceUnavailable: Kafka went away in a way that its client can't wait out.
+            Whatever else failed. Nothing that was not safe is committed then, and a new start reads it again.
         """
+        try:
+            await self._run()
+        except KafkaError as error:
+            raise ServiceUnavailable(f"the worker lost Kafka: {error}; is it up? start it again") from error
+
+    async def _run(self) -> None:
         await self.app.start()
         upkeep = asyncio.create_task(self._commit_regularly())
         waits = [asyncio.create_task(event.wait()) for event in (self._stop, self.app._crashed, self.app._stopped)]

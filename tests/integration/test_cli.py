@@ -208,6 +208,9 @@ class Running:
             assert data, self.said
             self.said += data.decode()
 
+    def signal(self, number):
+        self._process.send_signal(number)
+
     def stop(self, by):
         """Send a signal; return the exit code and how many seconds it took."""
         started = time.monotonic()
@@ -251,6 +254,25 @@ def test_role_signalled_right_after_its_start_stops_cleanly(environment, topics,
         code, seconds = running.stop(signal.SIGTERM)
     assert (code, seconds < 20) == (0, True), running.said
     assert "Traceback" not in running.said
+
+
+@pytest.mark.parametrize("command", ["worker", "run"])
+def test_second_signal_ends_at_once_and_what_was_read_is_read_again(
+    environment, agent_metadata, topics, tables, command
+):
+    line = {"agent_id": A1, "entries": [{"key": "cpu", "value": "12%"}]}
+    with Running({**environment, "AGENT_METADATA_WINDOW_SECONDS": "600"}, command) as running:
+        running.wait_for("partitions_assigned")
+        assert agent_metadata("produce", stdin=json.dumps(line)).returncode == 0
+        for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT):  # so that it sees both before it has ended
+            running.signal(number)
+        code, seconds = running.stop(signal.SIGCONT)
+    assert code in (128 + signal.SIGTERM, 128 + signal.SIGINT), running.said
+    assert seconds < 5
+    assert "Traceback" not in running.said
+    with Running(environment, "run") as running, Running(environment, "watch", A1) as watching:
+        watching.wait_for("12%")
+        assert running.stop(signal.SIGTERM)[0] == 0
 
 
 def test_run_carries_a_report_from_stdin_to_a_watcher(environment, agent_metadata, topics, tables):

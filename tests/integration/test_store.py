@@ -58,6 +58,12 @@ async def store(connection, database_url):
         yield store
 
 
+def acknowledged():
+    done = asyncio.get_running_loop().create_future()
+    done.set_result(None)
+    return done
+
+
 async def apply(store, *numbered, target=BATCHES, reject=refuse_nothing, earliest=0):
     received = [Received(offset, batch) for offset, batch in numbered]
     return await store.apply(target, received, reject, earliest=earliest)
@@ -204,6 +210,7 @@ async def test_apply_row_that_postgres_refuses_costs_itself_alone(store, connect
 
     async def reject(row, error):
         rejected.append((row.key, error.sqlstate))
+        return acknowledged()
 
     applied = await apply(store, (0, batch(*rows)), reject=reject)
     assert rejected == [("k0017", "23514"), ("k1500", "23514")]
@@ -214,6 +221,43 @@ async def test_apply_one_pair_in_two_spellings_holds_nothing_back(store, connect
     shouting = str(uuid.UUID(int=0xABC)).upper()
     await apply(store, (0, batch(row(shouting, value="v"), row(shouting.lower(), value="w", at=1))))
     assert await table(connection) == {(shouting.lower(), "k"): ("w", "", 1)}
+
+
+async def test_apply_check_that_waits_for_the_commit_costs_its_row_alone(store, connection):
+    await connection.execute("""
+        create function refuse() returns trigger language plpgsql as
+        $$ begin
+            if new.value = 'poison' then raise check_violation using message = 'no poison'; end if;
+            return new;
+        end $$
+    """)
+    await connection.execute("""
+        create constraint trigger refuse after insert or update on workspace_agent_metadata
+        deferrable initially deferred for each row execute function refuse()
+    """)
+    rejected = []
+
+    async def reject(row, error):
+        rejected.append((row.key, error.sqlstate))
+        return acknowledged()
+
+    await apply(store, (0, batch(row(), row(key="p", value="poison"))), reject=reject)
+    assert rejected == [("p", "23514")]
+    assert len(await table(connection)) == 1
+
+
+async def test_apply_dead_letter_that_kafka_does_not_take_commits_nothing(store, connection):
+    await connection.execute("alter table workspace_agent_metadata add check (value <> 'poison')")
+
+    async def reject(row, error):
+        refused = asyncio.get_running_loop().create_future()
+        refused.set_exception(ServiceUnavailable("Kafka did not take it"))
+        return refused
+
+    with pytest.raises(ServiceUnavailable):
+        await apply(store, (0, batch(row(), row(key="p", value="poison"))), reject=reject)
+    assert await table(connection) == {}
+    assert await store.next_offsets("batches-id", [0]) == {}
 
 
 async def test_apply_failing_reject_commits_nothing(store, connection):

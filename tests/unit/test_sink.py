@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pipeline.batch import Batch, Source, Window, encode_batch
-from pipeline.errors import ProgressGap, ServiceUnavailable
+from pipeline.errors import ConfigError, ProgressGap, ServiceUnavailable
 from pipeline.metrics import SinkMetrics
 from pipeline.sink import Sink
 from pipeline.store import Applied
@@ -92,6 +92,20 @@ async def test_records_that_arrive_before_the_consumer_went_back_are_dropped(top
 async def test_gap_while_kafka_is_away_is_held_until_it_answers(topic):
     topic.unanswered = 1
     topic.receive(2)
+    await asyncio.wait_for(topic.is_done.wait(), 10)
+
+
+async def test_right_that_is_taken_away_and_given_back_holds_batches_and_ends_nothing(topic):
+    apply = topic.apply
+    refusals = [ConfigError("permission denied for table workspace_agent_metadata (SQLSTATE 42501)")]
+
+    async def refuse_first(*arguments, **options):
+        if refusals:
+            raise refusals.pop()
+        return await apply(*arguments, **options)
+
+    topic.sink._apply = refuse_first
+    topic.receive(*range(5))
     await asyncio.wait_for(topic.is_done.wait(), 10)
 
 
