@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -11,6 +12,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from pipeline.errors import ServiceUnavailable, TopicMismatch
+from pipeline.kafka_security import why_certificate_refused
 
 # What brokers without topic ids report (Kafka's Uuid.ZERO_UUID).
 _NO_TOPIC_ID: Final = "AAAAAAAAAAAAAAAAAAAAAA"
@@ -27,6 +29,9 @@ _SILENCE: Final = (
     KafkaError._AUTHENTICATION,
     KafkaError._SSL,
 )
+# What doesn't get better by waiting: librdkafka would try again until the time is over.
+_REFUSALS: Final = (KafkaError._AUTHENTICATION, KafkaError._SSL)
+_TURN_SECONDS: Final = 1.0
 # Answers to CreateTopics that say nothing about the topic. KafkaError.retriable() knows of transactions only.
 _TRY_AGAIN: Final = (*_SILENCE, KafkaError.NOT_CONTROLLER, KafkaError.REQUEST_TIMED_OUT)
 
@@ -49,7 +54,9 @@ class KafkaAdmin:
 
     def __init__(self, client_config: Mapping[str, Any]) -> None:
         self._servers = client_config.get("bootstrap.servers", "")
-        self._complaint = ""
+        self._protocol = client_config.get("security.protocol", "PLAINTEXT")
+        self._ca_file = client_config.get("ssl.ca.location")
+        self._complaint: KafkaError | None = None
         self._client = AdminClient({**client_config, "error_cb": self._keep, "logger": _Silent()})
 
     def __enter__(self) -> KafkaAdmin:
@@ -60,9 +67,20 @@ class KafkaAdmin:
 
     def cluster(self, timeout_s: float) -> Cluster:
         """Read all topics; one that this client may not see, or that has no partitions yet, is not there."""
-        metadata = self._asked(lambda: self._client.list_topics(timeout=timeout_s))
+        metadata = self._topics(timeout_s)
         partitions = {name: len(topic.partitions) for name, topic in metadata.topics.items() if topic.partitions}
         return Cluster(partitions, str(metadata.cluster_id).startswith(_EMBEDDED_CLUSTER_ID))
+
+    def _topics(self, timeout_s: float) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > _TURN_SECONDS:
+            try:
+                return self._client.list_topics(timeout=min(_TURN_SECONDS, left))
+            except KafkaException as error:
+                self._client.poll(0)  # brings librdkafka's complaint
+                if error.args[0].code() not in _SILENCE or self._is_refused():
+                    raise self._unavailable(error) from error
+        return self._asked(lambda: self._client.list_topics(timeout=max(left, _TURN_SECONDS / 10)))
 
     def touch(self, names: Iterable[str], timeout_s: float) -> None:
         """Ask for topics by name: the embedded broker makes what it is asked for."""
@@ -141,13 +159,27 @@ class KafkaAdmin:
                 f"Kafka at {self._servers} answered: {reason.str()}; try again, and check this user's rights"
             )
         self._client.poll(0)  # brings librdkafka's complaint, which says why
-        said = self._complaint or reason.str()
-        return ServiceUnavailable(
-            f"Kafka at {self._servers} can't be reached: {said}; is it up, and the address right?"
-        )
+        said = self._complaint or reason
+        # Where in its protocol it stood helps those who write clients; what the certificate lacks, it doesn't say.
+        text = re.sub(r" \(after \d+ms in state \w+\)", "", said.str())
+        if said.code() == KafkaError._AUTHENTICATION:
+            text = f"refuses this client: {text}; check AGENT_METADATA_KAFKA_SASL_*"
+        elif said.code() == KafkaError._SSL and (why := why_certificate_refused(self._servers, self._ca_file)):
+            text = f"can't be trusted: {why}"
+        else:
+            text = (
+                f"can't be reached: {text}; is it up, and the address right? "
+                f"Does it speak {self._protocol} (AGENT_METADATA_KAFKA_SECURITY_PROTOCOL)?"
+            )
+        return ServiceUnavailable(f"Kafka at {self._servers} {text}")
 
     def _keep(self, error: KafkaError) -> None:
-        self._complaint = error.str()
+        # "1/1 brokers are down" comes after the reason and says less.
+        if self._complaint is None or error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self._complaint = error
+
+    def _is_refused(self) -> bool:
+        return self._complaint is not None and self._complaint.code() in _REFUSALS
 
 
 def topic_id_by_name(name: str) -> str:

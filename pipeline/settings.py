@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import tomllib
 from collections.abc import Iterable
 from datetime import timedelta
@@ -15,6 +16,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from pipeline.errors import ConfigError
+from pipeline.kafka_security import librdkafka_security, refuse_impossible
 
 PREFIX = "AGENT_METADATA_"
 CONFIG_FILE_VARIABLE: Final = "AGENT_METADATA_CONFIG_FILE"
@@ -38,6 +40,26 @@ class Settings(BaseSettings):
         validation_alias="KAFKA_BOOTSTRAP_SERVERS",
         description="host:port of one or more brokers, comma separated",
     )
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        default="PLAINTEXT", description="how Kafka is spoken to, as Kafka names it"
+    )
+    kafka_ssl_cafile: str | None = Field(
+        default=None, description="PEM file of the CAs that are trusted, the token URL's included; unset: the system's"
+    )
+    kafka_ssl_certfile: str | None = Field(default=None, description="PEM file of this client's certificate, for mTLS")
+    kafka_ssl_keyfile: str | None = Field(default=None, description="PEM file of its key")
+    kafka_ssl_key_password: SecretStr | None = Field(default=None, description="of an encrypted key")
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = Field(
+        default=None, description="for SASL_SSL and SASL_PLAINTEXT"
+    )
+    kafka_sasl_username: str | None = Field(default=None, description="for PLAIN and SCRAM")
+    kafka_sasl_password: SecretStr | None = Field(default=None, description="for PLAIN and SCRAM")
+    kafka_sasl_oauth_token_url: str | None = Field(
+        default=None, description="where OAUTHBEARER's tokens come from, by OAuth's client credentials"
+    )
+    kafka_sasl_oauth_client_id: str | None = Field(default=None, description="for OAUTHBEARER")
+    kafka_sasl_oauth_client_secret: SecretStr | None = Field(default=None, description="for OAUTHBEARER")
+    kafka_sasl_oauth_scope: str | None = Field(default=None, description="for OAUTHBEARER, if the token URL wants one")
     database_url: SecretStr = Field(
         default=SecretStr("postgresql://localhost/agent_metadata"),
         validation_alias="DATABASE_URL",
@@ -111,6 +133,11 @@ class Settings(BaseSettings):
             raise ValueError("EVENTS_TOPIC, BATCHES_TOPIC and DEAD_LETTER_TOPIC must be three topics")
         return self
 
+    @model_validator(mode="after")
+    def _security_fits(self) -> Settings:
+        refuse_impossible(self)
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -137,6 +164,7 @@ class Settings(BaseSettings):
         """Return what every confluent-kafka client of ours needs to reach the cluster."""
         return {
             "bootstrap.servers": self.kafka_bootstrap_servers,
+            **librdkafka_security(self),
             "client.id": "agent-metadata",
             "topic.metadata.refresh.interval.ms": 30_000,
             "log.connection.close": False,
@@ -215,5 +243,5 @@ def _complaint(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return f"{name} is no setting{_nearest(name, Settings.model_fields)}"
     variable = _variable(name) if name in Settings.model_fields else name
-    shown = "" if "url" in name.lower() else f"={item['input']!r}"
+    shown = "" if re.search("url|password|secret", name.lower()) else f"={item['input']!r}"
     return f"{variable}{shown}: {problem[0].lower()}{problem[1:]}"

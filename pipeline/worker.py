@@ -21,6 +21,7 @@ from pipeline.batch import Source, Window, encode_batch, split
 from pipeline.chunks import Chunk, ChunkApp, ChunkConsumer, ChunkSchema
 from pipeline.clock import Clock
 from pipeline.errors import ConfigError, ServiceUnavailable, TopicMismatch
+from pipeline.faust_credentials import faust_credentials
 from pipeline.latest import LatestTable, LatestTables
 from pipeline.metrics import WorkerMetrics
 from pipeline.partition import SourcePartition
@@ -283,6 +284,7 @@ def _new_app(settings: Settings) -> ChunkApp:
     return ChunkApp(
         settings.worker_group,
         broker=";".join(f"kafka://{server.strip()}" for server in settings.kafka_bootstrap_servers.split(",")),
+        broker_credentials=faust_credentials(settings),
         Table=LatestTable,
         TableManager=LatestTables,
         store="memory://",

@@ -45,7 +45,6 @@ _SETTINGS = {
     "process.roles": "broker,controller",
     "node.id": "1",
     "controller.listener.names": "CONTROLLER",
-    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
     "auto.create.topics.enable": "false",
     "num.partitions": "8",
     "offsets.topic.replication.factor": "1",
@@ -180,16 +179,27 @@ class PackagedKafka:
     this process dies, the node is killed with it and the next one started here removes its folder.
     """
 
-    def __init__(self, classpath: Sequence[Path], *, settings: Mapping[str, str] | None = None) -> None:
-        """Prepare a node from kafka_classpath()'s jars; `settings` go over the broker's properties."""
+    def __init__(
+        self,
+        classpath: Sequence[Path],
+        *,
+        settings: Mapping[str, str] | None = None,
+        listeners: Mapping[str, str] | None = None,
+    ) -> None:
+        """Prepare a node from kafka_classpath()'s jars; `settings` go over the broker's properties.
+
+        `listeners` are made beside its own, by name with their security protocols; `address(name)` says where.
+        """
         self._java = _jdk().JAVA
         self._classpath = os.pathsep.join(map(str, classpath))
         self._overrides = dict(settings or {})
+        self._protocols = {"PLAINTEXT": "PLAINTEXT", "CONTROLLER": "PLAINTEXT", **(listeners or {})}
         self._folder = ThrowawayFolder("kafka")
         self._home = self._folder.path
         self._properties = self._home / "server.properties"
         self._process: ChildProcess | None = None
-        self.port, self._controller_port = free_port(), free_port()
+        self._ports = {name: free_port() for name in self._protocols}
+        self.port = self._ports["PLAINTEXT"]
         self.data_dir = self._home / "data"
         self.log_path = self._home / "kafka.log"
 
@@ -197,6 +207,10 @@ class PackagedKafka:
     def bootstrap_servers(self) -> str:
         """Address of the broker, host:port."""
         return f"{LOOPBACK}:{self.port}"
+
+    def address(self, listener: str) -> str:
+        """Return where a listener is, host:port."""
+        return f"{LOOPBACK}:{self._ports[listener]}"
 
     @property
     def pid(self) -> int:
@@ -266,12 +280,13 @@ class PackagedKafka:
         return ChildProcess(name, command, log_path=self.log_path)
 
     def _format(self) -> None:
-        broker, controller = self.bootstrap_servers, f"{LOOPBACK}:{self._controller_port}"
+        listeners = {name: f"{name}://{self.address(name)}" for name in self._protocols}
         properties = {
             **_SETTINGS,
-            "listeners": f"PLAINTEXT://{broker},CONTROLLER://{controller}",
-            "advertised.listeners": f"PLAINTEXT://{broker}",
-            "controller.quorum.voters": f"1@{controller}",
+            "listeners": ",".join(listeners.values()),
+            "listener.security.protocol.map": ",".join(f"{name}:{kind}" for name, kind in self._protocols.items()),
+            "advertised.listeners": ",".join(listeners[name] for name in listeners if name != "CONTROLLER"),
+            "controller.quorum.voters": f"1@{self.address('CONTROLLER')}",
             "log.dirs": str(self.data_dir),
             **self._overrides,
         }
