@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 COMMANDS = [
-    *[[name] for name in ("worker", "sink", "run", "watch", "produce", "demo")],
+    *[[name] for name in ("worker", "sink", "run", "watch", "produce", "demo", "config")],
     *[["topics"], ["topics", "create"], ["topics", "diff"], ["db"], ["db", "migrate"], ["db", "status"]],
 ]
-NEEDING_KAFKA = [["worker"], ["produce"], ["topics", "diff"]]
+NEEDING_KAFKA = [["worker"], ["sink"], ["produce"], ["topics", "diff"]]
 NOBODY = "127.0.0.1:1"
+# A quiet machine needs 12 s: 10 s of waiting for Kafka, and Python. A loaded one takes long to start Python.
+GIVES_UP_SECONDS = 40
 
 
 def agent_metadata(*arguments, **variables):
@@ -103,9 +105,9 @@ def without_a_broker():
 
 
 @pytest.mark.parametrize("command", NEEDING_KAFKA, ids=" ".join)
-def test_broker_that_is_not_there_exits_with_1_in_15_seconds_and_says_what_to_do(without_a_broker, command):
+def test_broker_that_is_not_there_exits_with_1_in_time_and_says_what_to_do(without_a_broker, command):
     done, seconds = without_a_broker[tuple(command)]
-    assert (done.returncode, seconds < 15) == (1, True)
+    assert (done.returncode, seconds < GIVES_UP_SECONDS) == (1, True)
     said = complaint(done)
     assert f"Kafka at {NOBODY} can't be reached" in said
     assert "Connection refused" in said
