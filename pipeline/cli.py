@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import uuid
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
 import typer
-import uvloop
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipeline import topic_admin
-from pipeline.dead_letter import DeadLetter, when
+from pipeline import dead_letter_commands, operate, topic_admin
+from pipeline.console import command_settings as _settings
+from pipeline.console import errors, printable
+from pipeline.console import run_job as _run
 from pipeline.demo import DemoOptions, run_demo
 from pipeline.errors import ConfigError, DecodeError, PipelineError
 from pipeline.listener import Change
 from pipeline.logs import configure_logging
 from pipeline.migrations import migrate, migration_status
 from pipeline.producer import MetadataProducer
-from pipeline.redrive import Filter, dead_letters, redrive
 from pipeline.report import Report, canonical_agent_id, decode_report
 from pipeline.roles import connected, listener, run_sink, run_worker
-from pipeline.settings import Settings, describe_settings, load_settings
+from pipeline.settings import Settings, describe_settings
 from pipeline.simulate import Oracle, reports, send_at_pace
 from pipeline.supervise import Supervisor
 
@@ -47,12 +44,11 @@ app = typer.Typer(
 topics_app = typer.Typer(help="The Kafka topics, as topics/*.toml declares them.", no_args_is_help=True)
 db_app = typer.Typer(help="The database's tables, as sql/migrations builds them.", no_args_is_help=True)
 app.add_typer(topics_app, name="topics")
-dead_letter_app = typer.Typer(help="What could not be used: look at it, and give it another try.", no_args_is_help=True)
 app.add_typer(db_app, name="db")
-app.add_typer(dead_letter_app, name="dead-letter")
+app.add_typer(dead_letter_commands.app, name="dead-letter")
+app.add_typer(operate.app)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def main() -> None:
@@ -67,19 +63,6 @@ def main() -> None:
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _settings(**overrides: Any) -> Settings:
-    settings = load_settings(**overrides)
-    configure_logging(settings.log_format)
-    return settings
-
-
-def _run(job: Awaitable[Any]) -> Any:
-    async def wrapped() -> Any:
-        return await job
-
-    return uvloop.run(wrapped())
 
 
 @app.command()
@@ -183,7 +166,7 @@ def _plain(text: str) -> str:
     """Make a value harmless in a table: no control characters, no markup, one line."""
     from rich.markup import escape
 
-    return escape(_printable(text, limit=120))
+    return escape(printable(text, limit=120))
 
 
 @app.command()
@@ -363,149 +346,3 @@ def db_status(as_json: JsonOption = False) -> None:
         print(f"{item.name}: {state}")  # noqa: T201
     if any(item.applied_at is None or item.changed for item in status):
         raise typer.Exit(EXIT_FAILURE)
-
-
-AgentOption = Annotated[str | None, typer.Option("--agent", help="Only this agent's (by the record key).")]
-StageOption = Annotated[str | None, typer.Option("--stage", help="Only what this refused: worker or sink.")]
-ReasonOption = Annotated[str | None, typer.Option("--reason", help="Only where the reason holds this text.")]
-
-
-@dead_letter_app.command("list")
-def dead_letter_list(
-    agent: AgentOption = None,
-    stage: StageOption = None,
-    reason: ReasonOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="Show the last so many.")] = 100,
-    as_json: JsonOption = False,
-) -> None:
-    """List what the dead-letter topic holds, the oldest first. With --json one line each, and no limit."""
-    settings, chosen = _settings(), _filter(agent, stage, reason)
-    shown: deque[DeadLetter] = deque(maxlen=limit)
-    count = 0
-    with _progress("reading") as on_progress:
-        for letter in dead_letters(settings, chosen, on_progress=on_progress):
-            count += 1
-            if as_json:
-                print(json.dumps(_letter_json(letter)))  # noqa: T201
-            else:
-                shown.append(letter)
-    if as_json:
-        return
-    for letter in shown:
-        place = f"{letter.partition}:{letter.offset}"
-        text = f"{place}  {when(letter.timestamp_ms)}  {letter.stage}  {letter.agent or '-'}  {letter.reason}"
-        print(_printable(text, limit=300))  # noqa: T201
-    print(f"{count} dead letters" + (f", the last {limit} shown" if count > limit else ""))  # noqa: T201
-
-
-@dead_letter_app.command("show")
-def dead_letter_show(
-    offset: Annotated[str, typer.Argument(help="Which, as `list` shows it: PARTITION:OFFSET, or OFFSET for 0:OFFSET.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Show one dead letter whole: where it was, why it was refused, its headers and its value."""
-    settings, place = _settings(), _offset(offset)
-    letter = next(dead_letters(settings, Filter(offset=place)), None)
-    if letter is None:
-        raise PipelineError(f"{settings.dead_letter_topic} holds nothing at {place[0]}:{place[1]}; see `list`")
-    if as_json:
-        print(json.dumps(_letter_json(letter)))  # noqa: T201
-        return
-    lines = {
-        "was": letter.source,
-        "appended": when(letter.timestamp_ms),
-        "dead-lettered": when(letter.appended_ms),
-        "by": letter.stage,
-        "reason": letter.reason,
-        "redriven": f"{letter.redrives} times",
-        "key": letter.agent,
-        "headers": ", ".join(f"{name}={value!r}" for name, value in letter.original) or "none",
-        "value": "none (a tombstone)" if letter.value is None else letter.value.decode(errors="backslashreplace"),
-    }
-    for name, text in lines.items():
-        print(f"{name + ':':15}{_printable(text)}")  # noqa: T201
-
-
-@dead_letter_app.command("redrive")
-def dead_letter_redrive(
-    agent: AgentOption = None,
-    stage: StageOption = None,
-    reason: ReasonOption = None,
-    offset: Annotated[str | None, typer.Option(help="Only this one: PARTITION:OFFSET, or OFFSET for 0:OFFSET.")] = None,
-    all_of_them: Annotated[
-        bool, typer.Option("--all", help="All there are; needed where no other option says.")
-    ] = False,
-    max_redrives: Annotated[int, typer.Option(min=1, help="Leave alone what has come back so many times already.")] = 3,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Produce dead letters to the events topic again, after their cause was mended. Harmless to repeat.
-
-    Each entry keeps the time it had, so that an old value can't replace a newer one. What would be refused again
-    stays where it is; the dead-letter topic itself is only read.
-    """
-    settings, chosen = _settings(), _filter(agent, stage, reason, offset)
-    if chosen == Filter() and not all_of_them:
-        raise ConfigError("say which: --agent, --stage, --reason, --offset, or --all")
-    with _progress("redriving") as on_progress:
-        done = _run(
-            redrive(
-                settings,
-                chosen,
-                max_redrives=max_redrives,
-                dry_run=dry_run,
-                on_refused=lambda letter, why: errors.print(
-                    _printable(f"{letter.partition}:{letter.offset} stays: {why}", limit=300), markup=False
-                ),
-                on_progress=on_progress,
-            )
-        )
-    if as_json:
-        print(json.dumps({**done._asdict(), "dry_run": dry_run}))  # noqa: T201
-        return
-    print(  # noqa: T201
-        f"{'would redrive' if dry_run else 'redriven'} {done.redriven} of {done.matched} dead letters; "
-        f"{done.refused} would be refused again, {done.duplicates} say the same as another, "
-        f"{done.came_back} came back too often"
-    )
-
-
-def _filter(agent: str | None, stage: str | None, reason: str | None, offset: str | None = None) -> Filter:
-    if stage not in (None, "worker", "sink"):
-        raise ConfigError(f"--stage {stage}: it is worker or sink")
-    return Filter(agent, stage, reason, None if offset is None else _offset(offset))
-
-
-def _offset(text: str) -> tuple[int, int]:
-    partition, _, offset = text.rpartition(":")
-    if not offset.isdecimal() or not (partition or "0").isdecimal():
-        raise ConfigError(f"{text!r} is no place in a topic: PARTITION:OFFSET, for instance 0:17")
-    return int(partition or 0), int(offset)
-
-
-def _letter_json(letter: DeadLetter) -> dict[str, Any]:
-    return {
-        "partition": letter.partition,
-        "offset": letter.offset,
-        "timestamp": when(letter.timestamp_ms),
-        "dead_lettered_at": when(letter.appended_ms),
-        "agent": letter.agent,
-        "redrives": letter.redrives,
-        "original_headers": {name: (value or b"").decode(errors="replace") for name, value in letter.original},
-        **letter.said,
-        "value": None if letter.value is None else letter.value.decode(errors="replace"),
-    }
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal's stderr, and nothing elsewhere."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _printable(text: str, limit: int | None = None) -> str:
-    """Make foreign text harmless on a terminal: no control characters, one line."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[:limit])

@@ -8,15 +8,19 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
+from confluent_kafka import Message
+
 from pipeline.dead_letter import REDRIVES_HEADER, DeadLetter, read_dead_letter, restore
 from pipeline.errors import DecodeError, PipelineError
 from pipeline.publisher import Publisher
+from pipeline.range_reader import RangeReader
 from pipeline.report import Report, encode_report
 from pipeline.settings import Settings
-from pipeline.topic_reader import read_topic
+from pipeline.topic_admin import load_topic_specs, require_topics
 
 # Reports under way to Kafka at once.
 _MOST_UNACKNOWLEDGED: Final = 1000
+_ANSWER_SECONDS: Final = 10.0
 _FLUSH_SECONDS: Final = 15.0
 
 Progress = Callable[[int, int], None]
@@ -65,17 +69,34 @@ def dead_letters(
     Raises:
         TopicMismatch, ServiceUnavailable: the topic can't be read.
     """
-    for message in read_topic(settings.client_config(), settings.dead_letter_topic, on_progress=on_progress):
-        letter = read_dead_letter(
-            partition=message.partition(),
-            offset=message.offset(),
-            appended_ms=message.timestamp()[1],
-            key=message.key(),
-            value=message.value(),
-            headers=message.headers() or (),
-        )
-        if chosen.matches(letter):
-            yield letter
+    role = "dead_letter"
+    specs = {role: load_topic_specs(names=settings.topic_names)[role]}
+    topic = require_topics(settings.client_config(), specs, timeout_s=_ANSWER_SECONDS)[role]
+    reader, done = RangeReader(settings.client_config(), topic.name), 0
+    try:
+        ranges = reader.between(range(topic.partitions), None, None)
+        total = sum(item.end - item.start for item in ranges)
+        for item in ranges:
+            reader.open(item)
+            while not reader.is_done:
+                for letter in map(_letter, reader.read()):
+                    if chosen.matches(letter):
+                        yield letter
+                on_progress(done + reader.position - item.start, total)
+            done += item.end - item.start
+    finally:
+        reader.close()
+
+
+def _letter(message: Message) -> DeadLetter:
+    return read_dead_letter(
+        partition=message.partition(),
+        offset=message.offset(),
+        appended_ms=message.timestamp()[1],
+        key=message.key(),
+        value=message.value(),
+        headers=message.headers() or (),
+    )
 
 
 async def redrive(

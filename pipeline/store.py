@@ -26,6 +26,7 @@ CLOSE_TIMEOUT_SECONDS: Final = 2.0
 
 # Sends a row to the dead-letter topic; what it returns is done when Kafka has it.
 Reject = Callable[[Row, RowRejected], Awaitable[Awaitable[None]]]
+Write = Callable[[Any, Columns], Awaitable[list[Any]]]
 
 
 class PartitionId(NamedTuple):
@@ -56,6 +57,7 @@ class Applied:
     payloads: int = 0
     rejected: int = 0
     dead_letters: list[Awaitable[None]] = field(default_factory=list)
+    undeclared: int = 0
 
 
 @cache
@@ -74,7 +76,13 @@ class Store:
 
     @classmethod
     async def connect(
-        cls, database_url: str, *, connections: int, undeclared: Literal["insert", "ignore"], notify: bool
+        cls,
+        database_url: str,
+        *,
+        connections: int,
+        undeclared: Literal["insert", "ignore"],
+        notify: bool,
+        application_name: str = "agent-metadata-sink",
     ) -> Store:
         """Open the pool.
 
@@ -88,7 +96,7 @@ class Store:
                 max_size=connections,
                 timeout=CONNECT_TIMEOUT_SECONDS,
                 command_timeout=COMMAND_TIMEOUT_SECONDS,
-                server_settings={"application_name": "agent-metadata-sink"},
+                server_settings={"application_name": application_name},
             )
         return cls(pool, undeclared=undeclared, notify=notify)
 
@@ -160,16 +168,51 @@ class Store:
                 if reject is None:
                     _count(await self._write(connection, part), applied)
                 else:
-                    await self._write_bisecting(connection, part, applied, reject)
-            if self._is_notifying and applied.agent_ids:
-                payloads = encode_agent_id_chunks(sorted(applied.agent_ids))
-                applied.payloads = len(payloads)
-                await connection.execute(statement("notify"), NOTIFY_CHANNEL, payloads)
+                    await _write_bisecting(connection, part, applied, reject, self._write)
+            await self._notify(connection, applied)
             moved = [(*partition, offset) for partition, offset in reached.items() if offset != progress[partition]]
             if moved:
                 topic_ids, partitions, offsets = (list(column) for column in zip(*moved, strict=True))
                 await connection.execute(statement("save_progress"), topic_ids, partitions, offsets)
             await asyncio.gather(*applied.dead_letters)
+
+    async def replay(self, rows: Columns, reject: Reject) -> Applied:
+        """Write those rows that the table holds in an older state, in one transaction; sorted, each pair once.
+
+        Guarantee: a row never goes backwards, and on equal times it stays; NOTIFY commits with the rows. A row that
+        Postgres refuses goes to `reject`, and all others are written. `undeclared` counts the pairs that were left out
+        for want of a row.
+
+        Raises:
+            ServiceUnavailable: nothing was written; try again.
+        """
+        applied = Applied(given=len(rows.keys))
+        async with translated_errors("replaying rows"), self._pool.acquire() as connection, connection.transaction():
+            await connection.execute(statement("pin_plan"))
+            await connection.execute("set constraints all immediate")
+            await _write_bisecting(connection, rows, applied, reject, self._write_older)
+            await self._notify(connection, applied)
+            await asyncio.gather(*applied.dead_letters)
+        return applied
+
+    async def count_replay(self, rows: Columns) -> Applied:
+        """Count what `replay` would do with these rows now, and write nothing.
+
+        Raises:
+            ServiceUnavailable: Postgres did not answer.
+        """
+        applied = Applied(given=len(rows.keys))
+        columns = (rows.agent_ids, rows.keys, rows.collected_at_us)
+        async with translated_errors("comparing rows"), self._pool.acquire() as connection, connection.transaction():
+            await connection.execute(statement("pin_plan"))
+            _count([await connection.fetchrow(statement("replay_count"), *columns, self._is_inserting)], applied)
+        return applied
+
+    async def _notify(self, connection: Any, applied: Applied) -> None:
+        if self._is_notifying and applied.agent_ids:
+            payloads = encode_agent_id_chunks(sorted(applied.agent_ids))
+            applied.payloads = len(payloads)
+            await connection.execute(statement("notify"), NOTIFY_CHANNEL, payloads)
 
     async def _lock_progress(
         self, connection: Any, target: PartitionId, received: Sequence[Received]
@@ -194,21 +237,25 @@ class Store:
             return [updated]
         return [updated, await connection.fetchrow(statement("insert_rows"), *rows)]
 
-    async def _write_bisecting(self, connection: Any, rows: Columns, applied: Applied, reject: Reject) -> None:
-        """Write what can be written; costs about 2 * log2(rows) statements for each row that can't."""
-        try:
-            async with translated_errors("writing rows"), connection.transaction():
-                changed = await self._write(connection, rows)
-        except RowRejected as error:
-            if len(rows.keys) == 1:
-                applied.dead_letters.append(await reject(next(rows.rows()), error))
-                applied.rejected += 1
-                return
-            middle = len(rows.keys) // 2
-            await self._write_bisecting(connection, rows.part(0, middle), applied, reject)
-            await self._write_bisecting(connection, rows.part(middle, len(rows.keys)), applied, reject)
-        else:
-            _count(changed, applied)
+    async def _write_older(self, connection: Any, rows: Columns) -> list[Any]:
+        return [await connection.fetchrow(statement("replay_rows"), *rows, self._is_inserting)]
+
+
+async def _write_bisecting(connection: Any, rows: Columns, applied: Applied, reject: Reject, write: Write) -> None:
+    """Write what can be written; costs about 2 * log2(rows) statements for each row that can't."""
+    try:
+        async with translated_errors("writing rows"), connection.transaction():
+            changed = await write(connection, rows)
+    except RowRejected as error:
+        if len(rows.keys) == 1:
+            applied.dead_letters.append(await reject(next(rows.rows()), error))
+            applied.rejected += 1
+            return
+        middle = len(rows.keys) // 2
+        await _write_bisecting(connection, rows.part(0, middle), applied, reject, write)
+        await _write_bisecting(connection, rows.part(middle, len(rows.keys)), applied, reject, write)
+    else:
+        _count(changed, applied)
 
 
 def _choose(
@@ -243,6 +290,7 @@ def _count(changed: Sequence[Any], applied: Applied) -> None:
     for result in changed:
         applied.rows += result["rows"]
         applied.agent_ids.update(result["agent_ids"] or ())
+        applied.undeclared += result.get("undeclared", 0)
 
 
 async def read_rows(connection: Any, agent_ids: Sequence[uuid.UUID] | None) -> Sequence[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -185,6 +185,15 @@ class OpenWindow:
                 self.first = records[start].offset
             self.last = records[index - 1].offset
         return index
+
+    def retain(self, is_wanted: Callable[[str, str], bool]) -> None:
+        """Forget all pairs but the wanted ones, told by (agent_id, key); for readers of a part."""
+        kept = {
+            agent_id: {key: held for key, held in held_by_key.items() if is_wanted(agent_id, key)}
+            for agent_id, held_by_key in self._agents.items()
+        }
+        self._agents = {agent_id: held_by_key for agent_id, held_by_key in kept.items() if held_by_key}
+        self.pairs = sum(map(len, self._agents.values()))
 
     def close(self, reason: Reason, end: float) -> ClosedWindow:
         """Hand out all that was folded; rows sorted by (agent_id, key), as the sink needs them."""

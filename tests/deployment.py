@@ -61,7 +61,7 @@ class Deployment:
         )
         self._database_url = database_url
         self._logs = logs
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[subprocess.Popen[Any]] = []
 
     async def prepare(self) -> None:
         specs = load_topic_specs(names=self.settings.topic_names, partitions=self.settings.partitions)
@@ -80,6 +80,19 @@ class Deployment:
                 stderr=log,
             )
         process.log_path = log_path  # type: ignore[attr-defined]
+        self._processes.append(process)
+        return process
+
+    def start_command(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a command whose output the test reads; it ends with the test in any case."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", *arguments],
+            env={**os.environ, **self.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         self._processes.append(process)
         return process
 

@@ -1,0 +1,35 @@
+"""What all commands share: where errors go, the settings with their log format, and the event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any
+
+import uvloop
+from rich.console import Console
+
+from pipeline.logs import configure_logging
+from pipeline.settings import Settings, load_settings
+
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def command_settings(**overrides: Any) -> Settings:
+    """Load the settings, and log as they say."""
+    settings = load_settings(**overrides)
+    configure_logging(settings.log_format)
+    return settings
+
+
+def run_job(job: Awaitable[Any]) -> Any:
+    """Run one job on an event loop of its own; return what it returns."""
+
+    async def wrapped() -> Any:
+        return await job
+
+    return uvloop.run(wrapped())
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """Make foreign text harmless on a terminal: no control characters, one line."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[:limit])

@@ -1,0 +1,151 @@
+"""Read a bounded range of a topic's records, beside and unseen by every consumer group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from pipeline.errors import ConfigError, ServiceUnavailable
+
+RECORDS_PER_READ: Final = 5000
+_READ_SECONDS: Final = 0.2
+_QUERY_SECONDS: Final = 10.0
+# librdkafka tries again for ever by itself; a person who waits wants to know.
+_SILENCE_SECONDS: Final = 60.0
+_BUFFER_KILOBYTES: Final = 64 * 1024
+_REFUSALS: Final = (
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+)
+
+
+class OffsetRange(NamedTuple):
+    """Offsets `start` up to, not including, `end` of a partition.
+
+    `is_cut`: retention has deleted records before `start`, which may have been of the range's time.
+    """
+
+    partition: int
+    start: int
+    end: int
+    is_cut: bool = False
+
+
+class RangeReader:
+    """Reads one range after another; assigns itself what it reads, joins no group and commits nothing.
+
+    All methods block, and are to be called by one thread at a time. They raise ServiceUnavailable if Kafka does not
+    answer, and ConfigError if it refuses us.
+    """
+
+    def __init__(self, client_config: Mapping[str, Any], topic: str) -> None:
+        self.topic = topic
+        self._range = OffsetRange(-1, 0, 0)
+        self._next = 0
+        self._heard_at = 0.0
+        self._consumer = Consumer(
+            {
+                **client_config,
+                "group.id": "agent-metadata-replay",  # librdkafka wants one; it is never joined, nor asked for offsets
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "enable.partition.eof": True,
+                "auto.offset.reset": "earliest",  # retention may overtake a slow reader
+                # Else librdkafka pauses for a second whenever 100,000 small messages wait.
+                "queued.min.messages": 1_000_000,
+                "queued.max.messages.kbytes": _BUFFER_KILOBYTES,
+            }
+        )
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._consumer.close()
+
+    def between(self, partitions: Sequence[int], start_ms: int | None, end_ms: int | None) -> list[OffsetRange]:
+        """Find the records that were appended in [start, end), in milliseconds since the Unix epoch.
+
+        None: from the topic's beginning, or to its end as it is now. Partitions without such records are left out.
+        """
+        marks = {number: self.watermarks(number) for number in partitions}
+        starts = {number: low for number, (low, _) in marks.items()}
+        if start_ms is not None:
+            starts = {number: max(at, starts[number]) for number, at in self._at_time(marks, start_ms).items()}
+        ends = {number: high for number, (_, high) in marks.items()}
+        if end_ms is not None:
+            ends = {number: min(at, ends[number]) for number, at in self._at_time(marks, end_ms).items()}
+        return [
+            OffsetRange(number, starts[number], ends[number], starts[number] == low > 0)
+            for number, (low, _) in marks.items()
+            if starts[number] < ends[number]
+        ]
+
+    def watermarks(self, partition: int) -> tuple[int, int]:
+        """Return the first offset that Kafka still has, and the one that the next record will get."""
+        marks = self._ask(
+            lambda: self._consumer.get_watermark_offsets(TopicPartition(self.topic, partition), _QUERY_SECONDS)
+        )
+        if marks is None:
+            raise ServiceUnavailable(f"Kafka did not say the offsets of {self.topic} within {_QUERY_SECONDS:g} s")
+        return int(marks[0]), int(marks[1])
+
+    def open(self, wanted: OffsetRange) -> None:
+        """Begin with a range; what was left of the one before is dropped."""
+        self._range, self._next = wanted, wanted.start
+        self._heard_at = time.monotonic()
+        self._consumer.assign([TopicPartition(self.topic, wanted.partition, wanted.start)])
+
+    @property
+    def is_done(self) -> bool:
+        """Tell whether the open range is read to its end."""
+        return self._next >= self._range.end
+
+    @property
+    def position(self) -> int:
+        """The offset after the last record read, at most the range's end."""
+        return min(self._next, self._range.end)
+
+    def read(self, limit: int = RECORDS_PER_READ) -> list[Message]:
+        """Return the next records of the open range, in offset order; none if none came within 0.2 s."""
+        if self.is_done:
+            return []
+        messages = self._consumer.consume(min(limit, self._range.end - self._next), _READ_SECONDS)
+        records = []
+        for message in messages:
+            error = message.error()
+            if error is None:
+                self._next = message.offset() + 1
+                if message.offset() < self._range.end:
+                    records.append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:
+                self._next = max(self._next, message.offset())
+            elif error.code() in _REFUSALS:
+                raise ConfigError(f"Kafka refused to let us read {self.topic}: {error.str()}")
+            elif error.fatal() or error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise ServiceUnavailable(f"{self.topic} can't be read on: {error.str()}; is the topic still there?")
+        if messages:
+            self._heard_at = time.monotonic()
+        elif time.monotonic() - self._heard_at > _SILENCE_SECONDS:
+            raise ServiceUnavailable(f"Kafka sent no record of {self.topic} for {_SILENCE_SECONDS:g} s; is it up?")
+        return records
+
+    def _at_time(self, marks: Mapping[int, tuple[int, int]], moment_ms: int) -> dict[int, int]:
+        """Return, by partition, the offset of the first record that was appended at this time or later."""
+        asked = [TopicPartition(self.topic, number, moment_ms) for number in marks]
+        answered = self._ask(lambda: self._consumer.offsets_for_times(asked, _QUERY_SECONDS))
+        for item in answered:
+            if item.error is not None:
+                raise ServiceUnavailable(f"Kafka did not say the offsets of a time: {item.error.str()}")
+        return {item.partition: item.offset if item.offset >= 0 else marks[item.partition][1] for item in answered}
+
+    def _ask(self, question: Any) -> Any:
+        try:
+            return question()
+        except KafkaException as error:
+            reason = error.args[0]
+            if reason.code() in _REFUSALS:
+                raise ConfigError(f"Kafka refused to let us read {self.topic}: {reason.str()}") from error
+            raise ServiceUnavailable(f"Kafka did not say the offsets of {self.topic}: {reason.str()}") from error

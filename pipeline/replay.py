@@ -1,0 +1,395 @@
+"""Replay a range of a topic into the table: fold it partition by partition, then write what is newer than its row."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final, Literal, NamedTuple, Protocol
+
+import msgspec
+from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME
+
+from pipeline.batch import Batch, Columns, Row, decode_batch
+from pipeline.clock import Clock
+from pipeline.errors import DecodeError
+from pipeline.report import canonical_agent_id
+from pipeline.window import OpenWindow
+
+ReplaySource = Literal["events", "batches"]
+Pair = tuple[str, str]
+
+# Pairs held at once; at some 500 bytes a pair 250 MB, with values at their limit of 2 kB five times that.
+PAIRS_HELD: Final = 500_000
+# One statement and one transaction each: locks are brief, and the live sink gets in between.
+ROWS_PER_WRITE: Final = 1000
+_RECORDS_PER_READ: Final = 5000
+# Spellings of agent ids seen lately, so that each is parsed once; as the worker's.
+_MAX_KNOWN_AGENTS: Final = 100_000
+
+
+class OffsetRange(Protocol):
+    """Offsets `start` up to, not including, `end` of a partition."""
+
+    @property
+    def partition(self) -> int: ...  # noqa: D102
+    @property
+    def start(self) -> int: ...  # noqa: D102
+    @property
+    def end(self) -> int: ...  # noqa: D102
+
+
+class Reader(Protocol):
+    """What a replay asks of range_reader.RangeReader; called in a thread."""
+
+    @property
+    def is_done(self) -> bool: ...  # noqa: D102
+    @property
+    def position(self) -> int: ...  # noqa: D102
+    def open(self, wanted: Any) -> None: ...  # noqa: D102
+    def read(self, limit: int) -> list[Any]: ...  # noqa: D102
+
+
+class Written(Protocol):
+    """What is read of the store's answer: rows that changed, pairs without a row, rows that Postgres refused."""
+
+    rows: int
+    undeclared: int
+    rejected: int
+
+
+Write = Callable[[Columns], Awaitable[Written]]
+
+
+class Summary(msgspec.Struct):
+    """What a replay did, or what a dry run would have done.
+
+    Units: `records` read and `entries` in them; `dead` records (or rows of batches) that can't be used; all others
+    count pairs. A pair counts in each partition that has it: once, where the record key is the agent's id.
+    """
+
+    records: int = 0
+    entries: int = 0
+    dead: int = 0
+    pairs: int = 0
+    changed: int = 0
+    undeclared: int = 0
+    refused: int = 0
+
+    @property
+    def already_newer(self) -> int:
+        """Pairs whose row is at least as new as what was replayed."""
+        return max(0, self.pairs - self.changed - self.undeclared - self.refused)
+
+    def add(self, other: Summary) -> None:
+        """Add another's counts."""
+        for name in self.__struct_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class Interrupted(Exception):
+    """The replay was told to stop; the partition under way is to be replayed anew."""
+
+
+class _Consumed(NamedTuple):
+    """A confluent-kafka message as the fold reads records: what it needs rarely is asked for then."""
+
+    value: bytes | None
+    message: Any
+
+    @property
+    def offset(self) -> int:
+        return int(self.message.offset())
+
+    @property
+    def timestamp(self) -> int:
+        return int(self.message.timestamp()[1])
+
+    @property
+    def timestamp_type(self) -> int:
+        return 1 if self.message.timestamp()[0] == TIMESTAMP_LOG_APPEND_TIME else 0
+
+    @property
+    def key(self) -> bytes | None:
+        return None
+
+
+class Fold(Protocol):
+    """The latest entry per pair of what was folded; `fold` returns the index of the first record not taken."""
+
+    dead: int
+
+    def fold(self, messages: Sequence[Any], start: int) -> int: ...  # noqa: D102
+    @property
+    def entries(self) -> int: ...  # noqa: D102
+    @property
+    def pairs(self) -> int: ...  # noqa: D102
+    def retain(self, is_wanted: Callable[[str, str], bool]) -> None: ...  # noqa: D102
+    def rows(self) -> list[Row]: ...  # noqa: D102
+
+
+class EventsFold:
+    """Folds the events topic by the worker's own rules."""
+
+    def __init__(self, capacity: int, max_clock_skew: timedelta, known: dict[str, str]) -> None:
+        self._window = OpenWindow(0.0, capacity=capacity, max_clock_skew=max_clock_skew, known=known)
+        self.dead = 0
+
+    def fold(self, messages: Sequence[Any], start: int) -> int:
+        """Fold until all are done or the capacity is reached."""
+        records = [_Consumed(message.value(), message) for message in messages[start:]]
+        index = self._window.fold(records)
+        self.dead += len(self._window.rejected)
+        self._window.rejected.clear()  # the worker has dead-lettered them when they were live
+        return start + index
+
+    @property
+    def entries(self) -> int:
+        """Entries folded."""
+        return self._window.entries
+
+    @property
+    def pairs(self) -> int:
+        """Unique pairs held."""
+        return self._window.pairs
+
+    def retain(self, is_wanted: Callable[[str, str], bool]) -> None:
+        """Forget all other pairs."""
+        self._window.retain(is_wanted)
+
+    def rows(self) -> list[Row]:
+        """Return the rows, sorted by pair."""
+        return self._window.close("shutdown", 0.0).rows
+
+
+class BatchesFold:
+    """Folds the batches topic by the sink's rules."""
+
+    def __init__(self, capacity: int, known: dict[str, str]) -> None:
+        self._capacity = capacity
+        self._known = known
+        self._newest: dict[Pair, Row] = {}
+        self._entries = 0
+        self.dead = 0
+
+    def fold(self, messages: Sequence[Any], start: int) -> int:
+        """Fold until all are done or the capacity is reached."""
+        for index in range(start, len(messages)):
+            if len(self._newest) >= self._capacity:
+                return index
+            try:
+                self._take(decode_batch(messages[index].value()))
+            except DecodeError:
+                self.dead += 1  # the sink has dead-lettered it
+        return len(messages)
+
+    def _take(self, batch: Batch) -> None:
+        newest, known = self._newest, self._known
+        self._entries += len(batch.agent_ids)
+        for text, key, value, error, collected_at_us in zip(*batch.columns, strict=True):
+            agent_id = known.get(text) or self._learn(text)
+            if agent_id is None:
+                self.dead += 1
+                continue
+            held = newest.get((agent_id, key))
+            if held is None or collected_at_us >= held.collected_at_us:
+                newest[agent_id, key] = Row(agent_id, key, value, error, collected_at_us)
+
+    def _learn(self, text: str) -> str | None:
+        if len(self._known) >= _MAX_KNOWN_AGENTS:
+            self._known.clear()
+        try:
+            agent_id = self._known[text] = canonical_agent_id(text)
+        except DecodeError:
+            return None
+        return agent_id
+
+    @property
+    def entries(self) -> int:
+        """Rows of the batches folded."""
+        return self._entries
+
+    @property
+    def pairs(self) -> int:
+        """Unique pairs held."""
+        return len(self._newest)
+
+    def retain(self, is_wanted: Callable[[str, str], bool]) -> None:
+        """Forget all other pairs."""
+        self._newest = {pair: row for pair, row in self._newest.items() if is_wanted(*pair)}
+
+    def rows(self) -> list[Row]:
+        """Return the rows, sorted by pair."""
+        return sorted(self._newest.values())
+
+
+class _Share(NamedTuple):
+    """A share of all pairs: those whose checksum leaves `remainder` when divided by `divisor`."""
+
+    remainder: int
+    divisor: int
+
+    def holds(self, agent_id: str, key: str) -> bool:
+        return zlib.crc32(f"{agent_id}/{key}".encode(errors="replace")) % self.divisor == self.remainder
+
+    def halves(self) -> tuple[_Share, _Share]:
+        return _Share(self.remainder, self.divisor * 2), _Share(self.remainder + self.divisor, self.divisor * 2)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which pairs to replay; empty is all."""
+
+    agent_ids: frozenset[str] = frozenset()
+    keys: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.agent_ids or self.keys)
+
+    def holds(self, agent_id: str, key: str) -> bool:
+        """Tell whether a pair is to be replayed."""
+        return (not self.agent_ids or agent_id in self.agent_ids) and (not self.keys or key in self.keys)
+
+
+EVERYTHING: Final = Filter()
+
+
+class Pace:
+    """Lets through so much a second, and not all at once what was saved up; None is no limit."""
+
+    def __init__(self, per_second: float | None, clock: Clock) -> None:
+        self._per_second = per_second
+        self._clock = clock
+        self._free_at = clock.now()
+
+    @property
+    def chunk(self) -> int:
+        """How much to take at once, so that a second is not spent in one go."""
+        return _RECORDS_PER_READ if self._per_second is None else max(1, min(_RECORDS_PER_READ, int(self._per_second)))
+
+    async def spend(self, count: int, stop: asyncio.Event) -> None:
+        """Wait until so much more may go, or `stop` is set."""
+        if self._per_second is None or not count:
+            return
+        self._free_at = max(self._free_at, self._clock.now()) + count / self._per_second
+        waits = [asyncio.ensure_future(self._clock.sleep_until(self._free_at)), asyncio.ensure_future(stop.wait())]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+
+
+class Replay:
+    """Replays offset ranges, one partition after the other.
+
+    A partition's pairs are written once, when its range is read, each with its latest entry. So a tie is decided as
+    the live pipeline decides it, counts are exact, and a partition that was interrupted is simply replayed anew. Where
+    they are more than `pairs_held`, the range is read several times, each time for a share of the pairs.
+
+    `new_fold(capacity)` makes an empty fold; `write` is the store's, for at most 1,000 rows a call.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        *,
+        new_fold: Callable[[int], Fold],
+        write: Write,
+        pace: Pace,
+        only: Filter = EVERYTHING,
+        pairs_held: int = PAIRS_HELD,
+        on_read: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Make a replay; `on_read(records)` is told how many more records were read.
+
+        Raises:
+            ValueError: fewer than two pairs can't be shared out.
+        """
+        if pairs_held < 2:
+            raise ValueError("pairs_held must be at least 2")
+        self._reader = reader
+        self._new_fold = new_fold
+        self._write = write
+        self._pace = pace
+        self._only = only
+        self._pairs_held = pairs_held
+        self._on_read = on_read
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Have `run` end with Interrupted, soon."""
+        self._stop.set()
+
+    async def run(self, ranges: Iterable[OffsetRange], summary: Summary, done: Callable[[int], None]) -> None:
+        """Replay, adding to `summary`; `done(partition)` is called when a partition is written.
+
+        Rows that changed count at once, everything else when the partition is done: so counts are right as well when
+        an interrupted partition is replayed anew.
+
+        Raises:
+            Interrupted: by `stop`.
+            ServiceUnavailable, ConfigError: Kafka or Postgres is away, or refuses us.
+        """
+        await self._write(Columns([], [], [], [], []))  # a want of rights is said now, and not after all is read
+        for wanted in ranges:
+            found = Summary()
+            await self._replay(wanted, found, summary)
+            summary.add(found)
+            done(wanted.partition)
+
+    async def _replay(self, wanted: OffsetRange, found: Summary, summary: Summary) -> None:
+        shares = [_Share(0, 1)]
+        is_first = True
+        while shares:
+            own, fold = shares.pop(), self._new_fold(self._pairs_held)
+            await asyncio.to_thread(self._reader.open, wanted)
+            position = wanted.start
+            while not self._reader.is_done:
+                count, own = await asyncio.to_thread(self._read_and_fold, fold, own, shares)
+                if is_first:
+                    found.records += count
+                    self._on_read(self._reader.position - position)
+                    position = self._reader.position
+                await self._go_on(count)
+            if is_first:
+                found.entries, found.dead, is_first = fold.entries, fold.dead, False
+            if own.divisor > 1:
+                fold.retain(own.holds)
+            await self._write_rows(fold.rows(), found, summary)
+
+    def _read_and_fold(self, fold: Fold, own: _Share, others: list[_Share]) -> tuple[int, _Share]:
+        """Read and fold one chunk; return how many records it had, and the share of all pairs that is held now."""
+        messages = self._reader.read(self._pace.chunk)
+        index = 0
+        while index < len(messages):
+            index = fold.fold(messages, index)
+            if self._only:
+                fold.retain(self._only.holds)
+            if fold.pairs >= self._pairs_held:
+                own = self._shrink(fold, own, others)
+        return len(messages), own
+
+    def _shrink(self, fold: Fold, own: _Share, others: list[_Share]) -> _Share:
+        """Forget what is not of the own share, and halve that until half the room is free again."""
+        fold.retain(own.holds)
+        while fold.pairs * 2 > self._pairs_held:
+            own, other = own.halves()
+            others.append(other)
+            fold.retain(own.holds)
+        return own
+
+    async def _write_rows(self, rows: Sequence[Row], found: Summary, summary: Summary) -> None:
+        for start in range(0, len(rows), ROWS_PER_WRITE):
+            part = rows[start : start + ROWS_PER_WRITE]
+            written = await self._write(Columns(*(list(column) for column in zip(*part, strict=True))))
+            summary.changed += written.rows
+            found.pairs += len(part)
+            found.undeclared += written.undeclared
+            found.refused += written.rejected
+            await self._go_on(len(part))
+
+    async def _go_on(self, count: int) -> None:
+        await self._pace.spend(count, self._stop)
+        if self._stop.is_set():
+            raise Interrupted
