@@ -26,7 +26,7 @@ from pipeline.logs import configure_logging
 from pipeline.migrations import migrate, migration_status
 from pipeline.producer import MetadataProducer
 from pipeline.report import Report, canonical_agent_id, decode_report
-from pipeline.roles import connected, listener, run_sink, run_worker
+from pipeline.roles import connected, listener, run_serve, run_sink, run_worker
 from pipeline.settings import Settings, describe_settings
 from pipeline.simulate import Oracle, reports, send_at_pace
 from pipeline.supervise import Supervisor
@@ -94,6 +94,12 @@ def run() -> None:
         return await Supervisor(environments).run()
 
     sys.exit(_run(supervise()))
+
+
+@app.command()
+def serve() -> None:
+    """Serve the live page, the HTTP API and event streams. Stops cleanly on SIGTERM."""
+    _run(run_serve(_settings()))
 
 
 @app.command()

@@ -60,6 +60,8 @@ class MetadataListener:
         self._notified: dict[uuid.UUID, float] = {}
         self._wake = asyncio.Event()
         self._is_cut = False
+        self.is_following = False
+        """Whether everything watched was read since the last cut, and changes are heard."""
 
     async def changes(self) -> AsyncIterator[Change]:
         """Iterate changes until cancelled, reconnecting as often as it takes."""
@@ -71,6 +73,7 @@ class MetadataListener:
             except ServiceUnavailable as error:
                 _log.warning("listener_cut", error=str(error), advice="reconnecting, then reading what was missed")
             finally:
+                self.is_following = False
                 connection.terminate()
 
     async def _reconnect(self) -> Any:
@@ -98,6 +101,7 @@ class MetadataListener:
     async def _follow(self, connection: Any) -> AsyncIterator[Change]:
         for change in await self._read(connection, self._watched, {}):
             yield change
+        self.is_following = True
         while True:
             try:
                 # Not wait_for: Python 3.11's loses a cancellation that comes together with the event.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -15,6 +15,8 @@ CODER_PREFIX: Final = "coderd_agentapi_metadata_"
 UTILIZATION_BUCKETS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 40, 80, 160)
 BATCH_SIZE_BUCKETS: Final = (10, 25, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500)
 FLUSH_SECONDS_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+# A stream sends at most once a second, so up to that is no delay.
+SENT_SECONDS_BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 5, 10)
 
 
 class Metrics:
@@ -143,3 +145,36 @@ class SinkMetrics(Metrics):
             "Batches that retention deleted before they were applied.",
             registry=registry,
         )
+
+
+class ServeMetrics:
+    """What a serving process counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.watchers = Gauge("agent_metadata_watchers", "Open event streams.", registry=registry)
+        self.dropped_watchers = Counter(
+            "agent_metadata_dropped_watchers",
+            "Event streams cut off because their client had stopped reading.",
+            registry=registry,
+        )
+        self._sent_seconds = Histogram(
+            "agent_metadata_notified_to_sent_seconds",
+            "From the NOTIFY to the event that shows it to a client: of each event, its oldest change.",
+            buckets=SENT_SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._pairs = Gauge("agent_metadata_served_pairs", "Pairs that are served.", registry=registry)
+        self._stale_pairs = Gauge(
+            "agent_metadata_stale_pairs", "Served pairs older than three of their usual intervals.", registry=registry
+        )
+
+    def observe_sent(self, notified_at: Iterable[float | None], now: float) -> None:
+        """Observe one event of changes; times in seconds since the Unix epoch, None for rows that were read."""
+        oldest = min((at for at in notified_at if at is not None), default=None)
+        if oldest is not None:
+            self._sent_seconds.observe(max(0.0, now - oldest))
+
+    def show_pairs(self, pairs: int, stale: int) -> None:
+        """Set the gauges."""
+        self._pairs.set(pairs)
+        self._stale_pairs.set(stale)

@@ -1,4 +1,4 @@
-"""Wire a worker, a sink and a listener from settings: what runs in one process each."""
+"""Wire a worker, a sink, a server and a listener from settings: what runs in one process each."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from pipeline.dead_letter import dead_letter_headers
 from pipeline.errors import ConfigError, RowRejected, ServiceUnavailable
 from pipeline.health import Heartbeat, serve_health
 from pipeline.listener import MetadataListener
+from pipeline.live import LiveTable
 from pipeline.metrics import SinkMetrics, WorkerMetrics
 from pipeline.migrations import require_schema
 from pipeline.postgres_errors import translated_errors
@@ -39,6 +40,8 @@ from pipeline.worker import Worker
 START_TIMEOUT_SECONDS: Final = 10.0
 # As many transactions at once as bring more rows a second: measured on two cores, one more brings nothing.
 SINK_CONNECTIONS: Final = 2
+# For requests that read Postgres; streams need none.
+SERVE_CONNECTIONS: Final = 4
 # What matters was waited for before; this is for dead letters under way.
 _LAST_FLUSH_SECONDS: Final = 1.0
 
@@ -268,6 +271,63 @@ async def connect(settings: Settings, *, to_listen: bool = False) -> Any:
 def listener(settings: Settings, agent_ids: Iterable[UUID] | None) -> MetadataListener:
     """Make a listener of some agents, or of all (None)."""
     return MetadataListener(lambda: connect(settings, to_listen=True), read_rows, agent_ids)
+
+
+async def run_serve(settings: Settings) -> None:
+    """Serve the API and the live page until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError, ServiceUnavailable, SchemaMismatch: it could not start.
+        PipelineError: Postgres refuses the listener for good.
+    """
+    try:
+        from pipeline.serve import LiveServer, listen, serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{error.name} is not installed: pip install 'agent-metadata-pipeline[serve]' for `serve`"
+        ) from error
+    async with connected(settings) as connection:
+        await require_schema(connection)
+    table = LiveTable()
+    rows = listener(settings, None)
+    pool = asyncpg.create_pool(
+        settings.database_url.get_secret_value(),
+        min_size=0,
+        max_size=SERVE_CONNECTIONS,
+        timeout=CONNECT_TIMEOUT_SECONDS,
+        command_timeout=CONNECT_TIMEOUT_SECONDS,
+        server_settings={"application_name": "agent-metadata-serve"},
+    )
+
+    async def follow() -> None:
+        async for change in rows.changes():
+            table.change(*change)
+
+    async def read(agent_ids: Sequence[UUID]) -> Sequence[Any]:
+        async with translated_errors("reading metadata"), pool.acquire() as connection:
+            return await read_rows(connection, agent_ids)
+
+    server = LiveServer(
+        table=table,
+        read=read,
+        why_not_ready=lambda: None if rows.is_following else "Postgres is away; what was known last is shown",
+        registry=CollectorRegistry(),
+        token=settings.serve_token.get_secret_value() if settings.serve_token else None,
+        cors_origins=[origin.strip() for origin in settings.serve_cors_origins.split(",") if origin.strip()],
+    )
+    stop = asyncio.Event()
+    _on_stop_signals(stop.set)
+    async with pool:
+        listening = listen(settings.serve_host, settings.serve_port)
+        following = asyncio.create_task(follow())
+        following.add_done_callback(lambda _: stop.set())
+        host, port = listening.getsockname()[:2]
+        _log.info("serve_started", url=f"http://{host}:{port}/", token="asked for" if settings.serve_token else "none")
+        await serve(server, listening, stop)
+        if following.done():
+            following.result()
+        following.cancel()
+    _log.info("serve_stopped")
 
 
 async def _require_topics(settings: Settings) -> dict[str, TopicFacts]:

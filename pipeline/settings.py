@@ -24,6 +24,7 @@ CONFIG_FILE_VARIABLE: Final = "AGENT_METADATA_CONFIG_FILE"
 SHUTDOWN_SECONDS: Final = 15.0
 # Source: Kafka's org.apache.kafka.common.internals.Topic.
 _TOPIC_NAME: Final = r"^[a-zA-Z0-9._-]{1,249}$"
+_ORIGINS: Final = r"^(https?://[^/,\s]+(,\s*https?://[^/,\s]+)*)?$"
 
 
 class Settings(BaseSettings):
@@ -109,6 +110,18 @@ class Settings(BaseSettings):
     metrics_prefix: Literal["agent_metadata_", "coderd_agentapi_metadata_"] = Field(
         default="agent_metadata_", description="of metadatabatcher's seven metrics; the second is coder's own"
     )
+    serve_host: str = Field(
+        default="127.0.0.1", min_length=1, description="address that `serve` listens on; 0.0.0.0: all"
+    )
+    serve_port: int = Field(default=8080, ge=0, le=65_535, description="of the API and the live page; 0 = any free one")
+    serve_token: SecretStr | None = Field(
+        default=None, description="bearer token that the API asks for; unset or empty: none"
+    )
+    serve_cors_origins: str = Field(
+        default="",
+        pattern=_ORIGINS,
+        description="origins (https://host) whose pages may read the API, comma separated; empty: its own page's only",
+    )
     log_format: Literal["console", "json"] = Field(default="console", description="of the log on stderr")
 
     @field_validator("kafka_bootstrap_servers")
@@ -126,6 +139,15 @@ class Settings(BaseSettings):
         if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
             raise ValueError("must start with postgresql://")
         return value
+
+    @field_validator("serve_token")
+    @classmethod
+    def _is_token(cls, value: SecretStr | None) -> SecretStr | None:
+        token = value.get_secret_value() if value else ""
+        # Source: RFC 6750, section 2.1.
+        if token and not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
+            raise ValueError("may have letters, digits and ._~+/- only, and = at the end")
+        return value if token else None
 
     @model_validator(mode="after")
     def _topics_differ(self) -> Settings:
@@ -243,5 +265,5 @@ def _complaint(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return f"{name} is no setting{_nearest(name, Settings.model_fields)}"
     variable = _variable(name) if name in Settings.model_fields else name
-    shown = "" if re.search("url|password|secret", name.lower()) else f"={item['input']!r}"
+    shown = "" if re.search("url|password|secret|serve_token", name.lower()) else f"={item['input']!r}"
     return f"{variable}{shown}: {problem[0].lower()}{problem[1:]}"

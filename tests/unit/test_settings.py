@@ -48,8 +48,14 @@ WRONG = [
     ("AGENT_METADATA_METRICS_PORT", "-1", "greater than or equal to 0"),
     ("AGENT_METADATA_METRICS_PORT", "65536", "less than or equal to 65535"),
     ("AGENT_METADATA_METRICS_PREFIX", "coder_", "'agent_metadata_' or 'coderd_agentapi_metadata_'"),
+    ("AGENT_METADATA_SERVE_HOST", "", "at least 1 character"),
+    ("AGENT_METADATA_SERVE_PORT", "-1", "greater than or equal to 0"),
+    ("AGENT_METADATA_SERVE_PORT", "65536", "less than or equal to 65535"),
+    ("AGENT_METADATA_SERVE_CORS_ORIGINS", "*", "pattern"),
+    ("AGENT_METADATA_SERVE_CORS_ORIGINS", "https://a.example/path", "pattern"),
     ("AGENT_METADATA_LOG_FORMAT", "xml", "'console' or 'json'"),
 ]
+SECRET = {"DATABASE_URL", "DATABASE_LISTEN_URL", "AGENT_METADATA_SERVE_TOKEN"}
 
 
 @pytest.mark.parametrize(("variable", "value", "allowed"), WRONG)
@@ -66,7 +72,7 @@ def test_wrong_variable_is_named_with_its_value_and_what_is_allowed(monkeypatch,
 def test_wrong_variables_cover_every_setting():
     # Any text will do for these, by itself: test_kafka_security.py has what they can be wrong beside.
     texts = {name for name in VARIABLES.values() if name.startswith(("AGENT_METADATA_KAFKA_S", "DATABASE_"))}
-    assert {variable for variable, *_ in WRONG} | texts == set(VARIABLES.values())
+    assert {variable for variable, *_ in WRONG} | texts | SECRET == set(VARIABLES.values())
 
 
 @pytest.mark.parametrize("name", sorted(VARIABLES))
@@ -91,6 +97,20 @@ def test_wrong_database_url_is_named_without_its_value(monkeypatch, url):
     message = str(raised.value)
     assert message == "DATABASE_URL: must start with postgresql://"
     assert raised.value.__cause__ is None
+
+
+@pytest.mark.parametrize("token", ["two words", "s3cret\n", "gehe\u00edm", '"s3cret"'])
+def test_wrong_token_is_named_without_its_value(monkeypatch, token):
+    monkeypatch.setenv("AGENT_METADATA_SERVE_TOKEN", token)
+    with pytest.raises(ConfigError) as raised:
+        load_settings()
+    assert str(raised.value).startswith("AGENT_METADATA_SERVE_TOKEN: may have letters")
+    assert token not in str(raised.value)
+
+
+def test_empty_token_is_none(monkeypatch):
+    monkeypatch.setenv("AGENT_METADATA_SERVE_TOKEN", "")
+    assert load_settings().serve_token is None
 
 
 def test_wrong_setting_beside_a_good_database_url_does_not_show_the_password(monkeypatch):
