@@ -11,12 +11,12 @@ from typing import Final, NamedTuple
 from confluent_kafka import Message
 
 from pipeline.dead_letter import REDRIVES_HEADER, DeadLetter, read_dead_letter, restore
-from pipeline.errors import DecodeError, PipelineError
+from pipeline.errors import DecodeError, PipelineError, TopicMismatch
+from pipeline.kafka_admin import KafkaAdmin
 from pipeline.publisher import Publisher
 from pipeline.range_reader import RangeReader
 from pipeline.report import Report, encode_report
 from pipeline.settings import Settings
-from pipeline.topic_admin import load_topic_specs, require_topics
 
 # Reports under way to Kafka at once.
 _MOST_UNACKNOWLEDGED: Final = 1000
@@ -69,12 +69,14 @@ def dead_letters(
     Raises:
         TopicMismatch, ServiceUnavailable: the topic can't be read.
     """
-    role = "dead_letter"
-    specs = {role: load_topic_specs(names=settings.topic_names)[role]}
-    topic = require_topics(settings.client_config(), specs, timeout_s=_ANSWER_SECONDS)[role]
-    reader, done = RangeReader(settings.client_config(), topic.name), 0
+    topic = settings.dead_letter_topic
+    with KafkaAdmin(settings.client_config()) as admin:
+        partitions = admin.cluster(_ANSWER_SECONDS).partitions.get(topic)
+    if partitions is None:
+        raise TopicMismatch(f"the cluster lacks {topic}: run `agent-metadata topics create`")
+    reader, done = RangeReader(settings.client_config(), topic), 0
     try:
-        ranges = reader.between(range(topic.partitions), None, None)
+        ranges = reader.between(range(partitions), None, None)
         total = sum(item.end - item.start for item in ranges)
         for item in ranges:
             reader.open(item)
