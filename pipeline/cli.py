@@ -26,7 +26,7 @@ from pipeline.logs import configure_logging
 from pipeline.migrations import migrate, migration_status
 from pipeline.producer import MetadataProducer
 from pipeline.report import Report, canonical_agent_id, decode_report
-from pipeline.roles import connected, listener, run_serve, run_sink, run_worker
+from pipeline.roles import connected, listener, require_sessions, run_serve, run_sink, run_worker
 from pipeline.settings import Settings, describe_settings
 from pipeline.simulate import Oracle, reports, send_at_pace
 from pipeline.supervise import Supervisor
@@ -121,8 +121,7 @@ def watch(
 
 
 async def _watch(settings: Settings, watched: list[uuid.UUID] | None, show: Callable[[Change], None]) -> None:
-    async with connected(settings):
-        pass  # a wrong address or password is an error now, and an outage to wait out later
+    await require_sessions(settings)  # what is wrong is an error now, and an outage to wait out later
     async for change in listener(settings, watched).changes():
         show(change)
 

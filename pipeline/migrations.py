@@ -47,32 +47,30 @@ class MigrationStatus:
 
 
 async def migrate(connection: Any, *, unlogged: bool = False) -> list[str]:
-    """Apply what is missing, one transaction a migration; return the names applied.
+    """Apply what is missing, all in one transaction; return the names applied.
 
     `unlogged` makes workspace_agent_metadata UNLOGGED when it is not: writes cost less WAL, but a crash of Postgres
     empties the table, standbys never see it, and its definitions are gone with it. False makes it LOGGED again,
     except coder's own table, which is left as it is and logged about. Either change rewrites the table, and readers
     and writers wait for it.
 
-    Guarantee: idempotent; of two runs at once the second waits for the first (an advisory lock of the database).
+    Guarantee: idempotent, all or nothing; of two runs at once the second waits for the first (an advisory lock of the
+    database, held for the transaction: a session's would be left behind in a pool).
 
     Raises:
         SchemaMismatch: a migration that was applied has changed since, or its table is gone.
     """
     files = _migration_files()
-    async with translated_errors("migrating"):
-        await connection.execute("select pg_advisory_lock($1)", _ADVISORY_LOCK)
-        try:
-            await connection.execute(_MIGRATIONS_TABLE)
-            status = await migration_status(connection)
-            _refuse_changed(status)
-            missing = [item for item in status if item.applied_at is None]
-            for item in missing:
-                await _apply(connection, item, files[item.version][1])
-            await _refuse_gone(connection)
-            await _set_persistence(connection, unlogged=unlogged)
-        finally:
-            await connection.execute("select pg_advisory_unlock($1)", _ADVISORY_LOCK)
+    async with translated_errors("migrating"), connection.transaction():
+        await connection.execute("select pg_advisory_xact_lock($1)", _ADVISORY_LOCK)
+        await connection.execute(_MIGRATIONS_TABLE)
+        status = await migration_status(connection)
+        _refuse_changed(status)
+        missing = [item for item in status if item.applied_at is None]
+        for item in missing:
+            await _apply(connection, item, files[item.version][1])
+        await _refuse_gone(connection)
+        await _set_persistence(connection, unlogged=unlogged)
     return [item.name for item in missing]
 
 
@@ -105,14 +103,13 @@ async def require_schema(connection: Any) -> None:
 
 
 async def _apply(connection: Any, item: MigrationStatus, sql: str) -> None:
-    async with connection.transaction():
-        await connection.execute(sql)
-        await connection.execute(
-            "insert into agent_metadata_migrations (version, name, checksum) values ($1, $2, $3)",
-            item.version,
-            item.name,
-            _checksum(sql),
-        )
+    await connection.execute(sql)
+    await connection.execute(
+        "insert into agent_metadata_migrations (version, name, checksum) values ($1, $2, $3)",
+        item.version,
+        item.name,
+        _checksum(sql),
+    )
 
 
 async def _set_persistence(connection: Any, *, unlogged: bool) -> None:

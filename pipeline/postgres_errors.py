@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
 import asyncpg
 
+from pipeline.certificates import certificate_complaint
 from pipeline.errors import ConfigError, PipelineError, RowRejected, SchemaMismatch, ServiceUnavailable
 
 # What a SQLSTATE's class, its first two characters, asks for. Anything else counts as an outage: holding a batch back
@@ -17,8 +19,10 @@ _CONFIG_ERRORS: Final = ("0A", "28", "3D", "3F", "42")
 
 
 @asynccontextmanager
-async def translated_errors(doing: str) -> AsyncIterator[None]:
+async def translated_errors(doing: str, url_setting: str = "DATABASE_URL") -> AsyncIterator[None]:
     """Translate asyncpg's errors into ours, by SQLSTATE and never by message text.
+
+    `url_setting` is where the database's URL was given.
 
     Raises:
         RowRejected: the data itself is refused (classes 21, 22, 23).
@@ -29,10 +33,13 @@ async def translated_errors(doing: str) -> AsyncIterator[None]:
         yield
     except asyncpg.PostgresError as error:
         raise _translate(error, doing) from error
+    except ssl.SSLCertVerificationError as error:
+        complaint = certificate_complaint(error, ca_setting=f"{url_setting}?sslrootcert=FILE")
+        raise ServiceUnavailable(f"Postgres can't be trusted: {complaint}") from error
     except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
         detail = str(error) or type(error).__name__
         raise ServiceUnavailable(
-            f"Postgres did not answer while {doing}: {detail}; is it up, and DATABASE_URL right?"
+            f"Postgres did not answer while {doing}: {detail}; is it up, and {url_setting} right?"
         ) from error
 
 

@@ -25,6 +25,7 @@ from pipeline.listener import MetadataListener
 from pipeline.live import LiveTable
 from pipeline.metrics import SinkMetrics, WorkerMetrics
 from pipeline.migrations import require_schema
+from pipeline.pooling import leads_through_pool, shares_servers, statements_to_keep
 from pipeline.postgres_errors import translated_errors
 from pipeline.processes import tune_garbage_collector
 from pipeline.publisher import Publisher
@@ -238,14 +239,15 @@ def wire_sink(
 
 @contextlib.asynccontextmanager
 async def connected(settings: Settings) -> AsyncIterator[Any]:
-    """Open one connection to the database, for a command.
+    """Open one connection to the database and one transaction on it, for a command: also through a pool.
 
     Raises:
         ServiceUnavailable, ConfigError: it can't be reached, or refuses us.
     """
     connection = await connect(settings)
     try:
-        yield connection
+        async with translated_errors("answering a command"), connection.transaction():
+            yield connection
     finally:
         await connection.close()
 
@@ -256,16 +258,46 @@ async def connect(settings: Settings, *, to_listen: bool = False) -> Any:
     Raises:
         ServiceUnavailable, ConfigError: it can't be reached, or refuses us, or its URL is none.
     """
-    url = (to_listen and settings.database_listen_url) or settings.database_url
-    async with translated_errors("connecting"):
+    variable, url = "DATABASE_URL", settings.database_url
+    if to_listen and settings.database_listen_url:
+        variable, url = "DATABASE_LISTEN_URL", settings.database_listen_url
+    async with translated_errors("connecting", variable):
         try:
-            return await asyncpg.connect(url.get_secret_value(), timeout=CONNECT_TIMEOUT_SECONDS)
+            return await asyncpg.connect(
+                url.get_secret_value(), timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0
+            )
         except ValueError as error:
+            if isinstance(error, OSError):
+                raise  # about a certificate
             # Only asyncpg's own words: Python's may quote a part of the password.
             said = str(error) if isinstance(error, asyncpg.InterfaceError) else type(error).__name__
             raise ConfigError(
-                f"DATABASE_URL is no URL of a Postgres (postgresql://user@host:port/database): {said}"
+                f"{variable} is no URL of a Postgres (postgresql://user@host:port/database): {said}"
             ) from None
+
+
+async def require_sessions(settings: Settings) -> None:
+    """Check that a listener hears what is notified: not through a pool that lends connections by transaction.
+
+    Raises:
+        ConfigError: it would hear nothing.
+        ServiceUnavailable: the database can't be reached.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        one = await connect(settings, to_listen=True)
+        stack.push_async_callback(one.close)
+        async with translated_errors("looking for a pool"):
+            if not await leads_through_pool(one):
+                return
+            other = await connect(settings, to_listen=True)
+            stack.push_async_callback(other.close)
+            is_shared = await shares_servers(one, other)
+    if is_shared:
+        variable = "DATABASE_LISTEN_URL" if settings.database_listen_url else "DATABASE_URL"
+        raise ConfigError(
+            f"{variable} leads through a pool that lends connections by transaction, where LISTEN hears nothing: "
+            "set DATABASE_LISTEN_URL to the server itself, or to a pool by sessions"
+        )
 
 
 def listener(settings: Settings, agent_ids: Iterable[UUID] | None) -> MetadataListener:
@@ -288,10 +320,15 @@ async def run_serve(settings: Settings) -> None:
         ) from error
     async with connected(settings) as connection:
         await require_schema(connection)
+    await require_sessions(settings)
     table = LiveTable()
     rows = listener(settings, None)
+    database_url = settings.database_url.get_secret_value()
+    async with translated_errors("connecting"):
+        kept = await statements_to_keep(database_url, CONNECT_TIMEOUT_SECONDS)
     pool = asyncpg.create_pool(
-        settings.database_url.get_secret_value(),
+        database_url,
+        statement_cache_size=kept,
         min_size=0,
         max_size=SERVE_CONNECTIONS,
         timeout=CONNECT_TIMEOUT_SECONDS,
@@ -304,7 +341,7 @@ async def run_serve(settings: Settings) -> None:
             table.change(*change)
 
     async def read(agent_ids: Sequence[UUID]) -> Sequence[Any]:
-        async with translated_errors("reading metadata"), pool.acquire() as connection:
+        async with translated_errors("reading metadata"), pool.acquire() as connection, connection.transaction():
             return await read_rows(connection, agent_ids)
 
     server = LiveServer(

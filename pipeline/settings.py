@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -138,6 +139,8 @@ class Settings(BaseSettings):
     def _is_postgres_url(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
             raise ValueError("must start with postgresql://")
+        if value is not None:
+            _refuse_missing_files(value.get_secret_value())
         return value
 
     @field_validator("serve_token")
@@ -236,6 +239,16 @@ def describe_settings(settings: Settings) -> list[tuple[str, str, str]]:
         origin = "environment" if variable in os.environ else str(file) if name in in_file else "default"
         described.append((variable, "" if value is None else str(value), origin))
     return described
+
+
+def _refuse_missing_files(url: str) -> None:
+    try:
+        parameters = dict(parse_qsl(urlsplit(url).query))
+    except ValueError:
+        return  # asyncpg says it better
+    for name in ("sslrootcert", "sslcert", "sslkey"):
+        if name in parameters and not Path(parameters[name]).is_file():
+            raise ValueError(f"{name}={parameters[name]}: there is no such file")
 
 
 def _config_file() -> Path | None:

@@ -15,6 +15,7 @@ from pipeline.agent_ids import NOTIFY_CHANNEL, encode_agent_id_chunks
 from pipeline.batch import Batch, Columns, Row, merge
 from pipeline.data_files import data_dir
 from pipeline.errors import ProgressGap, RowRejected, ServiceUnavailable
+from pipeline.pooling import statements_to_keep
 from pipeline.postgres_errors import translated_errors
 
 # Measured over 200,000 rows with the plan pinned: larger statements gain nothing more.
@@ -84,7 +85,7 @@ class Store:
         notify: bool,
         application_name: str = "agent-metadata-sink",
     ) -> Store:
-        """Open the pool.
+        """Open the pool; the URL may lead through another one, as PgBouncer.
 
         Raises:
             ServiceUnavailable, ConfigError: the database can't be reached, or refuses us.
@@ -97,6 +98,7 @@ class Store:
                 timeout=CONNECT_TIMEOUT_SECONDS,
                 command_timeout=COMMAND_TIMEOUT_SECONDS,
                 server_settings={"application_name": application_name},
+                statement_cache_size=await statements_to_keep(database_url, CONNECT_TIMEOUT_SECONDS),
             )
         return cls(pool, undeclared=undeclared, notify=notify)
 
@@ -109,7 +111,11 @@ class Store:
 
     async def next_offsets(self, topic_id: str, partitions: Sequence[int]) -> Mapping[int, int]:
         """Return where to go on in each partition; one that was never applied is missing."""
-        async with translated_errors("reading progress"), self._pool.acquire() as connection:
+        async with (
+            translated_errors("reading progress"),
+            self._pool.acquire() as connection,
+            connection.transaction(),  # every statement is in one, so that a pool may stand between
+        ):
             rows = await connection.fetch(statement("read_progress"), topic_id, list(partitions))
         return {row["partition"]: row["next_offset"] for row in rows}
 

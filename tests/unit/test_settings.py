@@ -113,6 +113,15 @@ def test_empty_token_is_none(monkeypatch):
     assert load_settings().serve_token is None
 
 
+@pytest.mark.parametrize("variable", ["DATABASE_URL", "DATABASE_LISTEN_URL"])
+@pytest.mark.parametrize("parameter", ["sslrootcert", "sslcert", "sslkey"])
+def test_file_that_a_database_url_names_must_be_there(monkeypatch, variable, parameter):
+    monkeypatch.setenv(variable, f"postgresql://u:secret@host/db?sslmode=verify-full&{parameter}=/none.pem")
+    with pytest.raises(ConfigError) as raised:
+        load_settings()
+    assert str(raised.value) == f"{variable}: {parameter}=/none.pem: there is no such file"
+
+
 def test_wrong_setting_beside_a_good_database_url_does_not_show_the_password(monkeypatch):
     monkeypatch.setenv("DATABASE_URL", "postgresql://u:secret@host/db")
     with pytest.raises(ConfigError) as raised:
