@@ -39,12 +39,12 @@ class Event(NamedTuple):
 class Serving:
     """A server whose table the test fills by hand."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, port: int = 0, **options: Any) -> None:
         self.table = LiveTable()
         self.stored: list[tuple[Any, ...]] = []
         self.reads: list[list[uuid.UUID]] = []
         self.why_not_ready: str | None = None
-        self._listening = listen("127.0.0.1", 0)
+        self._listening = listen("127.0.0.1", port)
         self.port = self._listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._stop = asyncio.Event()
