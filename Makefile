@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-worker bench-sink bench-end-to-end clean
+.PHONY: help install demo test check format bench bench-worker bench-sink bench-end-to-end bench-serve clean
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -26,7 +26,7 @@ format: .venv/.dev ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-worker bench-sink bench-end-to-end ## All benchmarks, about ten minutes
+bench: bench-worker bench-sink bench-end-to-end bench-serve ## All benchmarks, about twelve minutes
 
 bench-worker: .venv/.dev ## The worker against stock Faust and a plain loop
 	$(BIN)/python -m bench.worker
@@ -36,6 +36,9 @@ bench-sink: .venv/.dev ## The sink against the bare UPDATE
 
 bench-end-to-end: .venv/.dev ## From the topic to the table, against a plain program
 	$(BIN)/python -m bench.end_to_end
+
+bench-serve: .venv/.dev ## 5,000 event streams of one process
+	$(BIN)/python -m bench.serve
 
 install: .venv/.dev ## Make .venv with everything for development
 

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -104,13 +104,7 @@ def report(
     summary = {
         "benchmark": name,
         "unit": unit,
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpus": os.cpu_count(), "processor": _processor(), "memory_gib": _memory_gib()},
-        "versions": {
-            "python": platform.python_version(),
-            "services": services,
-            **{package: importlib.metadata.version(package) for package in _PACKAGES},
-        },
+        **conditions(services),
         "note": note,
         "figures": {
             side: {
@@ -123,6 +117,22 @@ def report(
         },
         "ratios": dict(ratios),
     }
+    write(name, summary)
+
+
+def conditions(services: str, packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"cpus": os.cpu_count(), "processor": _processor(), "memory_gib": _memory_gib()},
+        "versions": {
+            "python": platform.python_version(),
+            "services": services,
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+    }
+
+
+def write(name: str, summary: Mapping[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
