@@ -119,7 +119,7 @@ def ours(topic: str, servers: str, entries: int, entries_a_report: int, batches:
         tune_garbage_collector()
 
         async def stop_at_the_end() -> None:
-            while (registry.get_sample_value("agent_metadata_records_total") or 0) < entries / entries_a_report:
+            while worker.folded_records < entries / entries_a_report:
                 await asyncio.sleep(0.002)
             worker.stop()
 

@@ -119,6 +119,11 @@ class Batch(msgspec.Struct, frozen=True):
         return self.part == self.parts
 
     @property
+    def sampled_time(self) -> float:
+        """When one of the entries was collected, in seconds since the Unix epoch: another one in each batch."""
+        return self.collected_at_us[(self.source.last + self.part) % len(self.collected_at_us)] / 1e6
+
+    @property
     def columns(self) -> Columns:
         """The rows."""
         return Columns(self.agent_ids, self.keys, self.values, self.errors, self.collected_at_us)

@@ -15,12 +15,11 @@ import structlog
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from pipeline.errors import ServiceUnavailable
+from pipeline.lag import Position
 
 _POLL_SECONDS: Final = 0.1
 _RECORDS_PER_POLL: Final = 200
 _QUERY_SECONDS: Final = 10.0
-# Longer than any call that the thread makes between two polls.
-STUCK_SECONDS: Final = 30.0
 # Fetched but not yet applied batches, per process; the same again may wait inside librdkafka.
 MAX_BUFFERED_BYTES: Final = 64 * 1024 * 1024
 
@@ -56,6 +55,7 @@ class BatchConsumer:
         self._buffered_bytes = 0  # written on the event loop only
         self._is_paused = False
         self._begins: dict[int, int] = {}  # where partitions were taken up
+        self._reached: dict[int, Position] = {}  # written on the event loop only
         self._committable: dict[int, int] = {}
         self._calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[..., Any], Any]] = (
             queue.SimpleQueue()
@@ -66,6 +66,7 @@ class BatchConsumer:
                 **client_config,
                 "group.id": group,
                 "enable.auto.commit": False,
+                "enable.partition.eof": True,  # tells of the end behind transaction markers, which are no records
                 "auto.offset.reset": "earliest",
                 "partition.assignment.strategy": "roundrobin",
                 "session.timeout.ms": round(session_timeout_seconds * 1000),
@@ -79,10 +80,19 @@ class BatchConsumer:
         self._polled_at = time.monotonic()
         self.is_assigned = False
 
-    def why_stuck(self) -> str | None:
-        """Say for how long the consumer's thread has not polled, if that is too long."""
+    def why_stuck(self, stuck_seconds: float) -> str | None:
+        """Say for how long the consumer's thread has not polled, if that is too long; from any thread."""
         age = time.monotonic() - self._polled_at
-        return f"the consumer has not polled for {age:.0f} s" if age > STUCK_SECONDS else None
+        return f"the consumer has not polled for {age:.0f} s" if age > stuck_seconds else None
+
+    @property
+    def is_held(self) -> bool:
+        """Tell whether nothing is fetched now, because too much waits to be applied."""
+        return self._is_paused
+
+    def positions(self) -> Mapping[int, Position]:
+        """Return how far each partition that it owns now was handed over; on the event loop."""
+        return self._reached
 
     def start(self) -> asyncio.Task[None]:
         """Join the group; the task ends with `close`, or with the error that the consumer can't go on from."""
@@ -191,20 +201,33 @@ class BatchConsumer:
 
     def _hand_over(self, messages: list[Message]) -> None:
         by_partition: dict[int, list[Message]] = {}
+        ends: dict[int, int] = {}
         for message in messages:
             error = message.error()
             if error is None:
                 by_partition.setdefault(message.partition(), []).append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:
+                ends[message.partition()] = message.offset()
             elif error.fatal():
                 raise ServiceUnavailable(f"the consumer of {self._topic} can't go on: {error.str()}")
             else:
                 _log.warning("consume_failed", topic=self._topic, error=error.str())
         for partition, records in by_partition.items():
             self._loop.call_soon_threadsafe(self._deliver, partition, records)
+        for partition, end in ends.items():
+            self._loop.call_soon_threadsafe(self._reach, partition, end, 0)
 
     def _deliver(self, partition: int, messages: list[Message]) -> None:
         self._buffered_bytes += sum(size_bytes(message) for message in messages)
+        self._reach(partition, messages[-1].offset() + 1, messages[-1].timestamp()[1])
         self._on_records(partition, messages)
+
+    def _begin(self, offsets: Mapping[int, int]) -> None:
+        self._reached = {partition: Position(max(0, at), max(0, at)) for partition, at in offsets.items()}
+
+    def _reach(self, partition: int, offset: int, timestamp_ms: int) -> None:
+        if (before := self._reached.get(partition)) is not None:  # else it was lost meanwhile
+            self._reached[partition] = Position(offset, offset, max(before.not_before, timestamp_ms / 1000))
 
     def _regulate(self) -> None:
         """Pause fetching while too much waits for Postgres; polling goes on, so the group keeps us."""
@@ -225,6 +248,7 @@ class BatchConsumer:
             self._awaited = None
         self.is_assigned = False
         numbers = [partition.partition for partition in partitions]
+        self._loop.call_soon_threadsafe(self._begin, {})
         self._loop.call_soon_threadsafe(self._on_lost, numbers)
         consumer.unassign()
 
@@ -239,6 +263,7 @@ class BatchConsumer:
             self._consumer.resume(partitions)  # librdkafka keeps a partition paused from one assignment to the next
             self._is_paused = False
             self._begins = {p.partition: p.offset for p in partitions}
+            self._loop.call_soon_threadsafe(self._begin, self._begins)
             self.is_assigned = True
             _log.info("partitions_assigned", topic=self._topic, partitions=sorted(p.partition for p in partitions))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -14,8 +16,11 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from pipeline.errors import ConfigError
 
-# A turn of the event loop takes milliseconds; one that takes this long is stuck.
-STUCK_SECONDS: Final = 10.0
+# A process is ended when it was found stuck this many times, a second apart: once may be the moment after its machine
+# was asleep.
+_STUCK_LOOKS: Final = 5
+_LOOK_SECONDS: Final = 1.0
+_EXIT_FAILURE: Final = 1
 
 # Says why something is not so, or None if it is.
 Why = Callable[[], str | None]
@@ -24,19 +29,63 @@ Why = Callable[[], str | None]
 class Heartbeat:
     """Beats on the event loop; its age tells other threads whether the loop still turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, stuck_seconds: float) -> None:
+        self._stuck_seconds = stuck_seconds
         self._at = time.monotonic()
         self._task = asyncio.create_task(self._beat())
 
     def why_stuck(self) -> str | None:
         """Say for how long the event loop has not turned, if that is too long."""
         age = time.monotonic() - self._at
-        return f"the event loop has not turned for {age:.0f} s" if age > STUCK_SECONDS else None
+        return f"the event loop has not turned for {age:.0f} s" if age > self._stuck_seconds else None
 
     async def _beat(self) -> None:
         while True:
             self._at = time.monotonic()
             await asyncio.sleep(1.0)
+
+
+class Outage:
+    """Since when a service has not answered; asked from any thread."""
+
+    def __init__(self, service: str) -> None:
+        self.service = service
+        self._since: float | None = None
+
+    def note(self, *, answers: bool) -> None:
+        """Note whether it answers now."""
+        if answers:
+            self._since = None
+        elif self._since is None:
+            self._since = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return for how long it has not answered; 0 if it does."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def why_away(self) -> str | None:
+        """Say for how long it has not answered, if it doesn't."""
+        return f"{self.service} has not answered for {self.seconds():.0f} s" if self._since is not None else None
+
+
+def exit_when_stuck(why_not_live: Why) -> None:
+    """End the process, from a thread of its own, with 1 and one line when it is stuck: who started it starts it again.
+
+    At once, as kill -9 would: what is stuck can't be stopped in order, and what was not safe was not committed.
+    """
+
+    def watch() -> None:
+        looks = 0
+        while looks < _STUCK_LOOKS:
+            time.sleep(_LOOK_SECONDS)
+            why = why_not_live()
+            looks = looks + 1 if why is not None else 0
+        sys.stderr.write(f"agent-metadata: {why}; ending to be restarted, nothing is lost\n")
+        sys.stderr.flush()
+        os._exit(_EXIT_FAILURE)
+
+    threading.Thread(target=watch, name="watchdog", daemon=True).start()
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+from confluent_kafka import KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from pipeline.errors import ServiceUnavailable, TopicMismatch
 from pipeline.kafka_security import why_certificate_refused
@@ -145,6 +145,18 @@ class KafkaAdmin:
         futures = self._client.describe_topics(TopicCollection(list(names)), request_timeout=timeout_s)
         ids = {name: str(self._asked(future.result).topic_id) for name, future in futures.items()}
         return {name: topic_id_by_name(name) if found == _NO_TOPIC_ID else found for name, found in ids.items()}
+
+    def offsets(self, topic: str, partitions: Iterable[int], timeout_s: float) -> dict[int, tuple[int, int]]:
+        """Read the earliest offset and the end of each partition, from the brokers that lead them."""
+        where = [TopicPartition(topic, partition) for partition in partitions]
+        earliest, end = (
+            self._client.list_offsets(dict.fromkeys(where, spec), request_timeout=timeout_s)
+            for spec in (OffsetSpec.earliest(), OffsetSpec.latest())
+        )
+        return {
+            item.partition: (self._asked(earliest[item].result).offset, self._asked(end[item].result).offset)
+            for item in where
+        }
 
     def _asked(self, question: Callable[[], Any]) -> Any:
         try:

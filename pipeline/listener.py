@@ -12,9 +12,12 @@ from typing import Any, Final, NamedTuple
 import asyncpg
 import structlog
 import tenacity
+from prometheus_client import CollectorRegistry
 
 from pipeline.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.errors import DecodeError, ServiceUnavailable
+from pipeline.metrics import ListenerMetrics
+from pipeline.report import timestamp_us
 
 _FIRST_BACKOFF_SECONDS: Final = 0.1
 _LONGEST_BACKOFF_SECONDS: Final = 5.0
@@ -48,11 +51,20 @@ class MetadataListener:
     is read again; rows already yielded as they are now are not repeated.
     """
 
-    def __init__(self, connect: Any, read_rows: Any, agent_ids: Iterable[uuid.UUID] | None = None) -> None:
+    def __init__(
+        self,
+        connect: Any,
+        read_rows: Any,
+        agent_ids: Iterable[uuid.UUID] | None = None,
+        *,
+        registry: CollectorRegistry | None = None,
+    ) -> None:
         """Make a listener.
 
-        `connect()` returns a new asyncpg connection, `read_rows(connection, agent_ids)` is the store's.
+        `connect()` returns a new asyncpg connection, `read_rows(connection, agent_ids)` is the store's; `registry`
+        takes its metrics.
         """
+        self._metrics = ListenerMetrics(registry or CollectorRegistry())
         self._connect = connect
         self._read_rows = read_rows
         self._watched = None if agent_ids is None else frozenset(agent_ids)
@@ -71,6 +83,7 @@ class MetadataListener:
                 async for change in self._follow(connection):
                     yield change
             except ServiceUnavailable as error:
+                self._metrics.cuts.inc()
                 _log.warning("listener_cut", error=str(error), advice="reconnecting, then reading what was missed")
             finally:
                 self.is_following = False
@@ -132,13 +145,21 @@ class MetadataListener:
             if self._seen.get((agent_id, key)) != content:
                 self._seen[agent_id, key] = content
                 changes.append(Change(agent_id, key, *content, notified.get(agent_id)))
+        self._observe(changes)
         return changes
+
+    def _observe(self, changes: list[Change]) -> None:
+        if changes and (notified_at := changes[-1].notified_at) is not None:
+            collected_at = timestamp_us(changes[-1].collected_at) / 1e6
+            self._metrics.freshness.observe("notified", collected_at=collected_at, at=notified_at)
 
     def _on_notify(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
         now = time.time()
+        self._metrics.payloads.inc()
         try:
             agent_ids = decode_agent_ids(payload)
         except DecodeError as error:
+            self._metrics.ignored_payloads.inc()
             _log.warning("notify_ignored", error=str(error))
             return
         for agent_id in agent_ids:

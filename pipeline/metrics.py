@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Final
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+from pipeline.lag import Lag
 
 PREFIX: Final = "agent_metadata_"
 # With it, metadatabatcher's seven metrics bear coder's own names.
@@ -17,6 +21,94 @@ BATCH_SIZE_BUCKETS: Final = (10, 25, 50, 100, 150, 200, 250, 300, 350, 400, 450,
 FLUSH_SECONDS_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 # A stream sends at most once a second, so up to that is no delay.
 SENT_SECONDS_BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 5, 10)
+# From a window of a tenth of a second to an outage of an hour.
+FRESHNESS_SECONDS_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 7.5, 10, 15, 30, 60, 300, 900, 3600)
+
+# The hops of an entry, in their order, each at the place that can tell its time.
+Hop = Literal["produced", "window_closed", "committed", "notified"]
+
+
+class Freshness:
+    """How old entries are at a hop; a process registers it once, whatever hops it sees."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._histogram = Histogram(
+            f"{PREFIX}freshness_seconds",
+            "Seconds since an entry was collected, when it reached a hop: produced (Kafka's timestamp of the record), "
+            "window_closed, committed (the row is written), notified (a listener is told). Sampled: one report a "
+            "chunk, one entry a batch, one row a notification.",
+            ["hop"],
+            buckets=FRESHNESS_SECONDS_BUCKETS,
+            registry=registry,
+        )
+
+    def observe(self, hop: Hop, *, collected_at: float, at: float) -> None:
+        """Note one entry; both times in seconds since the Unix epoch. An agent's clock that is ahead counts as 0."""
+        self._histogram.labels(hop).observe(max(0.0, at - collected_at))
+
+
+class PartitionGauges(Collector):
+    """A gauge with a value for each partition that is there when it is scraped, and for no other."""
+
+    def __init__(
+        self,
+        name: str,
+        documentation: str,
+        read: Callable[[], Mapping[int, float]],
+        *,
+        topic: str,
+        registry: CollectorRegistry,
+    ) -> None:
+        self._name = PREFIX + name
+        self._documentation = documentation
+        self._read = read
+        self._topic = topic
+        registry.register(self)
+
+    def describe(self) -> Iterator[GaugeMetricFamily]:
+        """Name the gauge, so that the registry refuses another of its name."""
+        yield GaugeMetricFamily(self._name, self._documentation, labels=["topic", "partition"])
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Read the values, in the scrape's thread."""
+        for family in self.describe():
+            for partition, value in sorted(self._read().items()):
+                family.add_metric([self._topic, str(partition)], value)
+            yield family
+
+
+class ConsumerMetrics:
+    """What worker and sink tell alike of the topic they consume: lag, and since when a service is away."""
+
+    def __init__(self, registry: CollectorRegistry, topic: str, now: Callable[[], float] = time.time) -> None:
+        # Replaced as a whole: a scrape, which has a thread of its own, sees one look or the next.
+        self.lags: Mapping[int, Lag] = {}
+        PartitionGauges(
+            "lag_records",
+            "Records that are in Kafka and not yet folded (worker) or not yet applied (sink).",
+            lambda: {partition: lag.records for partition, lag in self.lags.items()},
+            topic=topic,
+            registry=registry,
+        )
+        PartitionGauges(
+            "lag_age_seconds",
+            "How long the oldest of these records has been in Kafka, to some seconds; 0 if there is none.",
+            lambda: {
+                partition: max(0.0, now() - lag.since) if lag.records else 0.0 for partition, lag in self.lags.items()
+            },
+            topic=topic,
+            registry=registry,
+        )
+        self.outage_seconds = Gauge(
+            f"{PREFIX}outage_seconds",
+            "How long a service has been away, or has refused what it was given; 0 = not at all.",
+            ["service"],
+            registry=registry,
+        )
+
+    def show_lags(self, lags: Mapping[int, Lag]) -> None:
+        """Show these from the next scrape on."""
+        self.lags = lags
 
 
 class Metrics:
@@ -83,7 +175,9 @@ class ProducerMetrics:
 class WorkerMetrics:
     """What a worker counts."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, topic: str = "") -> None:
+        self.consumer = ConsumerMetrics(registry, topic)
+        self.freshness = Freshness(registry)
         self.records = Counter("agent_metadata_records", "Records of the events topic consumed.", registry=registry)
         self.entries = Counter("agent_metadata_entries", "Entries folded.", registry=registry)
         self.windows = Counter("agent_metadata_windows", "Windows closed.", ["reason"], registry=registry)
@@ -101,24 +195,25 @@ class WorkerMetrics:
             "Records that retention deleted before they were consumed.",
             registry=registry,
         )
-        self._open_pairs = Gauge(
-            "agent_metadata_open_pairs", "Unique pairs in open windows.", ["partition"], registry=registry
+        self._open_pairs: Mapping[int, int] = {}
+        PartitionGauges(
+            "open_pairs", "Unique pairs in open windows.", lambda: self._open_pairs, topic=topic, registry=registry
         )
 
     def show_open_pairs(self, pairs: Mapping[int, int]) -> None:
-        """Set the gauge for the partitions this worker owns now, and for no others."""
-        self._open_pairs.clear()
-        for partition, count in pairs.items():
-            self._open_pairs.labels(partition).set(count)
+        """Show these from the next scrape on, for the partitions this worker owns now and for no others."""
+        self._open_pairs = pairs
 
 
 class SinkMetrics(Metrics):
     """What a sink counts: metadatabatcher's seven, and its own."""
 
-    def __init__(self, registry: CollectorRegistry, prefix: str = PREFIX) -> None:
+    def __init__(self, registry: CollectorRegistry, prefix: str = PREFIX, topic: str = "") -> None:
         super().__init__(prefix)
         for collector in self.collectors():
             registry.register(collector)
+        self.consumer = ConsumerMetrics(registry, topic)
+        self.freshness = Freshness(registry)
         self.skipped_batches = Counter(
             "agent_metadata_skipped_batches", "Batches whose source range was applied already.", registry=registry
         )
@@ -126,12 +221,12 @@ class SinkMetrics(Metrics):
         self.notify_payloads = Counter("agent_metadata_notify_payloads", "NOTIFY payloads sent.", registry=registry)
         self.rows_unchanged = Counter(
             "agent_metadata_rows_unchanged",
-            "Rows given that changed nothing: older than what is held, the same, or undeclared.",
+            "Rows given that are held already as they are; with UNDECLARED=ignore the undeclared and the stale too.",
             registry=registry,
         )
-        self.outage_seconds = Gauge(
-            "agent_metadata_outage_seconds",
-            "How long batches have been held back now; 0 = not at all.",
+        self.stale_entries = Counter(
+            "agent_metadata_stale_entries",
+            "Rows given that were refused because the held one is newer; not told with UNDECLARED=ignore.",
             registry=registry,
         )
         self.failed_flushes = Counter(
@@ -178,3 +273,23 @@ class ServeMetrics:
         """Set the gauges."""
         self._pairs.set(pairs)
         self._stale_pairs.set(stale)
+
+
+class ListenerMetrics:
+    """What a listener counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.freshness = Freshness(registry)
+        self.payloads = Counter(
+            "agent_metadata_listener_payloads", "NOTIFY payloads that were received.", registry=registry
+        )
+        self.ignored_payloads = Counter(
+            "agent_metadata_listener_ignored_payloads",
+            "NOTIFY payloads that are no agent ids; another program uses the channel.",
+            registry=registry,
+        )
+        self.cuts = Counter(
+            "agent_metadata_listener_cuts",
+            "Connections lost; what was missed is read after the next one is there.",
+            registry=registry,
+        )

@@ -46,6 +46,7 @@ class SourcePartition:
     ) -> None:
         self.number = number
         self.next_offset: int | None = None  # the caller's: where the next chunk has to begin; None: not known yet
+        self.appended_at = 0.0  # the caller's: when the last record before that was, in seconds since the Unix epoch
         self._windows = windows
         self._clock = clock
         self._deliver = deliver
@@ -59,6 +60,11 @@ class SourcePartition:
         self._tasks = [asyncio.create_task(self._close_by_clock()), asyncio.create_task(self._flush())]
         for task in self._tasks:
             task.add_done_callback(self._report_failure)
+
+    @property
+    def is_held(self) -> bool:
+        """Tell whether it takes no records now, because closed windows wait for Kafka's acknowledgement."""
+        return len(self._waiting) > MAX_WAITING
 
     async def take(self, records: Sequence[Record]) -> None:
         """Fold consecutive records; waits while too many closed windows are not yet safe."""

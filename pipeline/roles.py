@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 from uuid import UUID
 
@@ -19,11 +19,13 @@ from pipeline.batch import Row
 from pipeline.batch_consumer import BatchConsumer
 from pipeline.clock import SystemClock
 from pipeline.dead_letter import dead_letter_headers
-from pipeline.errors import ConfigError, RowRejected, ServiceUnavailable
-from pipeline.health import Heartbeat, serve_health
+from pipeline.errors import ConfigError, PipelineError, RowRejected, ServiceUnavailable
+from pipeline.health import Heartbeat, Outage, exit_when_stuck, serve_health
+from pipeline.kafka_admin import KafkaAdmin
+from pipeline.lag import ANSWER_SECONDS, LagWatch, Position
 from pipeline.listener import MetadataListener
 from pipeline.live import LiveTable
-from pipeline.metrics import SinkMetrics, WorkerMetrics
+from pipeline.metrics import ConsumerMetrics, SinkMetrics, WorkerMetrics
 from pipeline.migrations import require_schema
 from pipeline.pooling import leads_through_pool, shares_servers, statements_to_keep
 from pipeline.postgres_errors import translated_errors
@@ -45,6 +47,8 @@ SINK_CONNECTIONS: Final = 2
 SERVE_CONNECTIONS: Final = 4
 # What matters was waited for before; this is for dead letters under way.
 _LAST_FLUSH_SECONDS: Final = 1.0
+# How often the sink asks Postgres whether it is there, so that an idle one knows too.
+_PING_SECONDS: Final = 2.0
 
 _log = structlog.get_logger(__name__)
 
@@ -58,6 +62,7 @@ async def run_worker(settings: Settings) -> None:
     """
     topics = await _require_topics(settings)
     registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry, settings.events_topic)
     publisher = Publisher(settings.client_config())
 
     async def dead_letter(rejected: Rejected, partition: int) -> asyncio.Future[None]:
@@ -84,20 +89,29 @@ async def run_worker(settings: Settings) -> None:
         events_topic_id=events_topic_id,
         partitions=topics["events"].partitions,
         clock=SystemClock(),
-        metrics=WorkerMetrics(registry),
+        metrics=metrics,
     )
+    watch = _watch_lag(settings, settings.events_topic, worker.positions, lambda: worker.is_held, metrics.consumer)
+    heartbeat = Heartbeat(settings.stuck_seconds)
+
+    def why_not_live() -> str | None:
+        return heartbeat.why_stuck() or watch.why_stuck()
+
     serve_health(
         settings.metrics_port,
         registry,
-        why_not_live=Heartbeat().why_stuck,
-        why_not_ready=lambda: None if worker.is_assigned else "no partitions are assigned",
+        why_not_live=why_not_live,
+        why_not_ready=lambda: watch.why_away() or (None if worker.is_assigned else "no partitions are assigned"),
     )
+    exit_when_stuck(why_not_live)
+    watching = asyncio.create_task(watch.run())
     _on_stop_signals(worker.stop)
     tune_garbage_collector()
     _log.info("worker_started", group=settings.worker_group, topic=settings.events_topic)
     try:
         await worker.run()
     finally:
+        watching.cancel()
         if left := await publisher.close(_LAST_FLUSH_SECONDS):
             _log.warning("batches_not_acknowledged", count=left, advice="they will be made again from the events")
     _log.info("worker_stopped")
@@ -122,16 +136,24 @@ async def run_sink(settings: Settings) -> None:
     publisher = Publisher(settings.client_config())
     registry = CollectorRegistry()
     batches = topics["batches"]
-    consumer, sink = wire_sink(
-        settings, batches, store, publisher, SinkMetrics(registry, settings.metrics_prefix), fail
-    )
-    heartbeat = Heartbeat()
+    metrics = SinkMetrics(registry, settings.metrics_prefix, settings.batches_topic)
+    consumer, sink = wire_sink(settings, batches, store, publisher, metrics, fail)
+    watch = _watch_lag(settings, batches.name, sink.positions, lambda: consumer.is_held, metrics.consumer)
+    postgres = Outage("Postgres")
+    metrics.consumer.outage_seconds.labels("postgres").set_function(lambda: max(sink.held_seconds, postgres.seconds()))
+    heartbeat = Heartbeat(settings.stuck_seconds)
+
+    def why_not_live() -> str | None:
+        return heartbeat.why_stuck() or consumer.why_stuck(settings.stuck_seconds) or watch.why_stuck()
+
     serve_health(
         settings.metrics_port,
         registry,
-        why_not_live=lambda: heartbeat.why_stuck() or consumer.why_stuck(),
-        why_not_ready=lambda: _why_sink_not_ready(consumer, sink),
+        why_not_live=why_not_live,
+        why_not_ready=lambda: watch.why_away() or _why_sink_not_ready(consumer, sink) or postgres.why_away(),
     )
+    exit_when_stuck(why_not_live)
+    watching = [asyncio.create_task(job) for job in (watch.run(), _ping(store, postgres))]
     _on_stop_signals(stop.set)
     tune_garbage_collector()
     consuming = consumer.start()
@@ -145,7 +167,8 @@ async def run_sink(settings: Settings) -> None:
             except ServiceUnavailable as away:
                 _log.warning("batches_left_unapplied", why=str(away), advice="they wait in Kafka for the next start")
     finally:
-        waiting.cancel()
+        for task in (waiting, *watching):
+            task.cancel()
         await consumer.close()
         sink.lose(range(batches.partitions))
         await publisher.close(_LAST_FLUSH_SECONDS)
@@ -161,6 +184,42 @@ def _why_sink_not_ready(consumer: BatchConsumer, sink: Sink) -> str | None:
     if not consumer.is_assigned:
         return "no partitions are assigned, or Postgres has not said where to begin"
     return "Postgres is away; batches are held back" if sink.is_holding else None
+
+
+def _watch_lag(
+    settings: Settings,
+    topic: str,
+    positions: Callable[[], Mapping[int, Position]],
+    is_held: Callable[[], bool],
+    metrics: ConsumerMetrics,
+) -> LagWatch:
+    # A client of its own: what is stuck in the consumer must not keep the offsets from being asked for.
+    admin = KafkaAdmin(settings.client_config())
+
+    async def offsets(partitions: Sequence[int]) -> dict[int, tuple[int, int]]:
+        return await asyncio.to_thread(admin.offsets, topic, partitions, ANSWER_SECONDS)
+
+    watch = LagWatch(
+        positions=positions,
+        offsets=offsets,
+        is_held=is_held,
+        show=metrics.show_lags,
+        clock=SystemClock(),
+        stuck_seconds=settings.stuck_seconds,
+    )
+    metrics.outage_seconds.labels("kafka").set_function(watch.seconds_away)
+    return watch
+
+
+async def _ping(store: Store, outage: Outage) -> None:
+    while True:
+        try:
+            await store.ping()
+        except PipelineError:
+            outage.note(answers=False)
+        else:
+            outage.note(answers=True)
+        await asyncio.sleep(_PING_SECONDS)
 
 
 def wire_sink(

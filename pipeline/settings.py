@@ -107,6 +107,13 @@ class Settings(BaseSettings):
     session_timeout_seconds: float = Field(
         default=10.0, ge=1, le=300, description="after which a silent worker's or sink's partitions move on"
     )
+    stuck_seconds: float = Field(
+        default=120.0,
+        ge=15,
+        le=3600,
+        description="how long the event loop may not turn, or records wait and none be read although Kafka answers, "
+        "before /live fails and the process ends to be restarted; three times Kafka's 40 s to give a request up",
+    )
     metrics_port: int = Field(default=0, ge=0, le=65_535, description="of /metrics; 0 = off")
     metrics_prefix: Literal["agent_metadata_", "coderd_agentapi_metadata_"] = Field(
         default="agent_metadata_", description="of metadatabatcher's seven metrics; the second is coder's own"

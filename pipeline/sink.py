@@ -13,6 +13,7 @@ import tenacity
 
 from pipeline.batch import Row, decode_batch
 from pipeline.errors import ConfigError, DecodeError, ProgressGap, RowRejected, ServiceUnavailable
+from pipeline.lag import Position
 from pipeline.metrics import SinkMetrics
 
 # Waiting batches are merged up to this many entries a transaction: enough for dedup after an outage, and short
@@ -31,6 +32,7 @@ class Message(Protocol):
 
     def offset(self) -> int: ...  # noqa: D102
     def value(self) -> bytes | None: ...  # noqa: D102
+    def timestamp(self) -> tuple[int, int]: ...  # noqa: D102  # its type, milliseconds since the epoch
 
 
 class BatchSource(Protocol):
@@ -38,6 +40,7 @@ class BatchSource(Protocol):
 
     def release(self, size_bytes: int) -> None: ...  # noqa: D102
     def commit(self, partition: int, offset: int) -> None: ...  # noqa: D102
+    def positions(self) -> Mapping[int, Position]: ...  # noqa: D102
     async def seek(self, partition: int, offset: int) -> None: ...  # noqa: D102
     async def earliest(self, partition: int) -> int: ...  # noqa: D102
 
@@ -74,7 +77,27 @@ class Sink:
         self._arrived: dict[int, asyncio.Event] = {}
         self._writers: dict[int, asyncio.Task[None]] = {}
         self._applied: dict[int, int] = {}
-        self.is_holding = False
+        self._held_since: float | None = None
+
+    @property
+    def is_holding(self) -> bool:
+        """Tell whether batches are held back now, because Postgres can't take them."""
+        return self._held_since is not None
+
+    @property
+    def held_seconds(self) -> float:
+        """For how long batches have been held back now; 0 if they are not."""
+        return 0.0 if self._held_since is None else time.monotonic() - self._held_since
+
+    def positions(self) -> Mapping[int, Position]:
+        """Return how far each partition that the consumer owns now is applied."""
+        positions = dict(self._source.positions())
+        for partition, waiting in self._waiting.items():
+            if waiting and partition in positions:
+                first = waiting[0]
+                appended_at = max(0, first.timestamp()[1]) / 1000
+                positions[partition] = Position(first.offset(), positions[partition].reached, appended_at)
+        return positions
 
     def take(self, partition: int, messages: Sequence[Any]) -> None:
         """Queue records of a partition, in offset order."""
@@ -201,19 +224,16 @@ class Sink:
         error = state.outcome.exception() if state.outcome else None
         self._metrics.publish_errors.inc(getattr(error, "unpublished", 0))
         if not self.is_holding:
-            self.is_holding = True
-            held_since = time.monotonic()
-            self._metrics.outage_seconds.set_function(lambda: time.monotonic() - held_since)
+            self._held_since = time.monotonic()
             _log.warning("holding_batches_back", error=str(error), advice="they wait in Kafka; nothing is lost")
 
     def _resume(self) -> None:
         if self.is_holding:
-            self.is_holding = False
-            self._metrics.outage_seconds.set_function(lambda: 0.0)
+            self._held_since = None
             _log.info("writing_again")
 
     def _observe(self, applied: Any, seconds: float) -> None:
-        metrics = self._metrics
+        metrics, now = self._metrics, time.time()
         for batch in applied.batches:
             metrics.batches.labels(batch.reason).inc()
             metrics.batch_size.observe(len(batch.agent_ids))
@@ -221,10 +241,13 @@ class Sink:
             metrics.flushed.inc(len(batch.agent_ids))
             for keys in Counter(batch.agent_ids).values():
                 metrics.batch_utilization.observe(keys)
+            if batch.agent_ids:
+                metrics.freshness.observe("committed", collected_at=batch.sampled_time, at=now)
         metrics.skipped_batches.inc(applied.skipped)
         metrics.rows_written.inc(applied.rows)
         metrics.notify_payloads.inc(applied.payloads)
-        metrics.rows_unchanged.inc(applied.given - applied.rows - applied.rejected)
+        metrics.rows_unchanged.inc(applied.given - applied.rows - applied.rejected - applied.stale)
+        metrics.stale_entries.inc(applied.stale)
         metrics.dead_letters.labels("row_rejected").inc(applied.rejected)
         if applied.lost:
             metrics.lost_batches.inc(applied.lost)

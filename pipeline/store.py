@@ -55,6 +55,7 @@ class Applied:
     given: int = 0
     rows: int = 0
     agent_ids: set[uuid.UUID] = field(default_factory=set)
+    stale: int = 0
     payloads: int = 0
     rejected: int = 0
     dead_letters: list[Awaitable[None]] = field(default_factory=list)
@@ -108,6 +109,19 @@ class Store:
             await asyncio.wait_for(self._pool.close(), CLOSE_TIMEOUT_SECONDS)
         except TimeoutError:
             self._pool.terminate()
+
+    async def ping(self) -> None:
+        """Return if Postgres answers.
+
+        Raises:
+            ServiceUnavailable: it doesn't, within 10 s.
+        """
+        async with (
+            translated_errors("answering"),
+            asyncio.timeout(CONNECT_TIMEOUT_SECONDS),
+            self._pool.acquire() as connection,
+        ):
+            await connection.execute("select")
 
     async def next_offsets(self, topic_id: str, partitions: Sequence[int]) -> Mapping[int, int]:
         """Return where to go on in each partition; one that was never applied is missing."""
@@ -297,6 +311,7 @@ def _count(changed: Sequence[Any], applied: Applied) -> None:
         applied.rows += result["rows"]
         applied.agent_ids.update(result["agent_ids"] or ())
         applied.undeclared += result.get("undeclared", 0)
+        applied.stale += result.get("stale", 0)
 
 
 async def read_rows(connection: Any, agent_ids: Sequence[uuid.UUID] | None) -> Sequence[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from pipeline.batch import Reason, Row
 from pipeline.errors import DecodeError
@@ -61,10 +61,11 @@ class Record(Protocol):
 
 
 class Rejected(NamedTuple):
-    """A record, or entries of it, that can't be used; to be dead-lettered with the reason."""
+    """A record, or entries of it, that can't be used; to be dead-lettered with the reason, which is of one kind."""
 
     record: Record
     reason: str
+    kind: Literal["undecodable", "over_limit"] = "undecodable"
 
 
 class ClosedWindow(NamedTuple):
@@ -177,7 +178,7 @@ class OpenWindow:
                     continue
                 held_by_key[key] = (at, entry)
             if problem is not None:
-                self.rejected.append(Rejected(record, problem))
+                self.rejected.append(Rejected(record, problem, "over_limit"))
                 capacity -= 1
         self.pairs, self.entries = pairs, count
         if index > start:

@@ -7,7 +7,8 @@ source offsets it stands for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import faust
@@ -22,11 +23,13 @@ from pipeline.chunks import Chunk, ChunkApp, ChunkConsumer, ChunkSchema
 from pipeline.clock import Clock
 from pipeline.errors import ConfigError, ServiceUnavailable, TopicMismatch
 from pipeline.faust_credentials import faust_credentials
+from pipeline.lag import Position
 from pipeline.latest import LatestTable, LatestTables
 from pipeline.metrics import WorkerMetrics
 from pipeline.partition import SourcePartition
+from pipeline.report import PARSE_ERRORS, parse_report, timestamp_us
 from pipeline.settings import SHUTDOWN_SECONDS, Settings
-from pipeline.window import ClosedWindow, Rejected
+from pipeline.window import ClosedWindow, Record, Rejected
 
 # Offsets of safe windows are committed together this often; what a crash repeats meanwhile is skipped by the sink.
 COMMIT_INTERVAL_SECONDS: Final = 1.0
@@ -104,6 +107,21 @@ class Worker:
         """Tell whether this worker owns partitions now."""
         return bool(self._partitions)
 
+    @property
+    def is_held(self) -> bool:
+        """Tell whether it reads on only when Kafka has acknowledged what it published."""
+        return any(partition.is_held for partition in self._partitions.values())
+
+    def positions(self) -> Mapping[int, Position]:
+        """Return how far each partition that it owns now is folded."""
+        positions = {}
+        for number, partition in self._partitions.items():
+            next_offset = partition.next_offset
+            if next_offset is None:  # nothing read yet; and nothing ever committed reads from the beginning
+                next_offset = self._consumer.committed_offset(TP(self._settings.events_topic, number)) or 0
+            positions[number] = Position(next_offset, next_offset, partition.appended_at)
+        return positions
+
     def stop(self) -> None:
         """Ask `run` to close all windows, publish and commit them, and return."""
         self._stop.set()
@@ -154,16 +172,31 @@ class Worker:
             if reconciled is None:
                 return
             chunk = reconciled
+        last: Record | None = None
         for records in chunk.slices():
             self._metrics.records.inc(len(records))
             await partition.take(records)
             self.folded_records += len(records)
+            last = records[-1]
         partition.next_offset = chunk.next_offset
+        if last is not None:
+            partition.appended_at = last.timestamp / 1000
+            self._observe_produced(last)
         backlog_end = self._backlog_ends.get(number)
         if backlog_end is not None and chunk.next_offset >= backlog_end:
             del self._backlog_ends[number]
             if chunk.start < backlog_end:
                 await partition.close_caught_up()
+
+    def _observe_produced(self, record: Record) -> None:
+        """Sample how old a report was when Kafka had it: one a chunk, as the fold has no time for more."""
+        try:
+            collected_at = parse_report(record.value or b"").collected_at
+        except PARSE_ERRORS:
+            return
+        if collected_at is not None:
+            collected_at_s = timestamp_us(collected_at) / 1e6
+            self._metrics.freshness.observe("produced", collected_at=collected_at_s, at=record.timestamp / 1000)
 
     async def _reconcile(self, tp: TP, expected: int, chunk: Chunk) -> Chunk | None:
         """Make a chunk follow the one before it; None if it is to be passed over.
@@ -204,13 +237,15 @@ class Worker:
             acknowledgements.append(
                 await self._send(self._settings.batches_topic, encode_batch(batch), partition=number)
             )
+            self._metrics.freshness.observe("window_closed", collected_at=batch.sampled_time, at=closed.end)
             await asyncio.sleep(0)  # a large window has hundreds of parts; let heartbeats and timers run
         await asyncio.gather(*acknowledgements)
         self._committable[tp] = closed.last + 1
         self._metrics.windows.labels(closed.reason).inc()
         self._metrics.entries.inc(closed.entries)
         self._metrics.rows.inc(len(closed.rows))
-        self._metrics.dead_letters.labels("undecodable").inc(len(closed.rejected))
+        for kind, count in Counter(rejected.kind for rejected in closed.rejected).items():
+            self._metrics.dead_letters.labels(kind).inc(count)
         self._metrics.clamped_clocks.inc(closed.clamped)
 
     async def _commit(self) -> None:
@@ -251,6 +286,7 @@ class Worker:
 
     async def _finish(self, reason: Any) -> None:
         partitions, self._partitions = self._partitions, {}
+        self._metrics.consumer.show_lags({})
         try:
             async with asyncio.timeout(SHUTDOWN_SECONDS):
                 if self._failure is None:
@@ -261,6 +297,7 @@ class Worker:
         finally:
             await self._abandon(partitions)
             self._committable.clear()
+            self._metrics.show_open_pairs(self.table.open_pairs())
 
     async def _abandon(self, partitions: dict[int, SourcePartition]) -> None:
         while partitions:

@@ -1,16 +1,23 @@
--- Purpose: make rows of the pairs that have none; count those written and name their agents.
+-- Purpose: make rows of the pairs that have none; count those written and name their agents, and count the stale: pairs
+-- whose row is newer than what is given.
 -- Guard: as in update_rows.sql, for a row that another writer makes at the same moment.
 -- $1 to $5: as in update_rows.sql.
 -- Locks: the rows it writes, in the order of (agent, key).
-with written as (
+with probed as materialized (
+    select new.*, existing.collected_at as held_at
+    from (
+        select agent_id, key, value, error, timestamptz 'epoch' + us * interval '1 microsecond' as collected_at
+        from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bigint[])
+            as given (agent_id, key, value, error, us)
+    ) as new
+    left join workspace_agent_metadata as existing
+        on existing.workspace_agent_id = new.agent_id and existing.key = new.key
+),
+written as (
     insert into workspace_agent_metadata as held (workspace_agent_id, key, value, error, collected_at)
-    select agent_id, key, value, error, timestamptz 'epoch' + us * interval '1 microsecond'
-    from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bigint[])
-        as given (agent_id, key, value, error, us)
-    where not exists (
-        select from workspace_agent_metadata as existing
-        where existing.workspace_agent_id = given.agent_id and existing.key = given.key
-    )
+    select agent_id, key, value, error, collected_at
+    from probed
+    where held_at is null
     on conflict (workspace_agent_id, key) do update
     set value = excluded.value, error = excluded.error, collected_at = excluded.collected_at
     where held.collected_at <= excluded.collected_at
@@ -18,5 +25,8 @@ with written as (
             is distinct from (excluded.value, excluded.error, excluded.collected_at)
     returning held.workspace_agent_id
 )
-select count(*) as rows, array_agg(distinct workspace_agent_id) as agent_ids
+select
+    count(*) as rows,
+    array_agg(distinct workspace_agent_id) as agent_ids,
+    (select count(*) from probed where held_at > collected_at) as stale
 from written

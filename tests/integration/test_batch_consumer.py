@@ -1,6 +1,7 @@
 """The sink's consumer: what is asked of its thread, whatever becomes of who asked."""
 
 import asyncio
+import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -9,6 +10,7 @@ from confluent_kafka import Producer
 from pipeline import batch_consumer
 from pipeline.batch_consumer import BatchConsumer
 from pipeline.errors import ServiceUnavailable
+from pipeline.lag import Position
 from tests.deployment import eventually
 
 
@@ -117,3 +119,33 @@ async def test_ends_leave_out_what_was_applied_before_the_start(deploy):
         assert await consumer.ends() == {}
         produce(settings, b"z")
         assert await consumer.ends() == {0: 3}
+
+
+@pytest.mark.services
+async def test_positions_are_what_was_handed_over_and_go_with_the_partition(deploy):
+    settings = (await deploy(partitions=1)).settings
+    reader, other = Reader(), Reader()
+    async with reader.consuming(settings) as consumer:
+        await eventually("the partition is assigned", lambda: consumer.positions() == {0: Position(0, 0)})
+        produce(settings, b"x", b"y")
+        await eventually("both are read", lambda: len(reader.offsets) == 2)
+        position = consumer.positions()[0]
+        assert (position.next_offset, position.reached) == (2, 2)
+        assert abs(position.not_before - time.time()) < 60
+        async with other.consuming(settings) as second:
+            await eventually("one owns it", lambda: len([*consumer.positions(), *second.positions()]) == 1)
+
+
+@pytest.mark.services
+async def test_position_passes_transaction_markers_which_are_no_records(deploy):
+    settings = (await deploy(partitions=1)).settings
+    reader = Reader()
+    async with reader.consuming(settings) as consumer:
+        await eventually("the partition is assigned", lambda: consumer.positions())
+        producer = Producer({**settings.client_config(), "transactional.id": settings.batches_topic})
+        producer.init_transactions(30)
+        producer.begin_transaction()
+        producer.produce(settings.batches_topic, b"x", partition=0)
+        producer.commit_transaction(30)
+        await eventually("it is past the marker", lambda: consumer.positions()[0].reached == 2)
+    assert reader.offsets == [0]

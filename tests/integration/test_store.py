@@ -323,3 +323,25 @@ async def test_payloads_of_a_transaction_that_fails_before_its_notify_are_none(s
     with pytest.raises(ServiceUnavailable) as failure:
         await apply(store, (0, batch(row())))
     assert failure.value.unpublished == 0
+
+
+async def test_rows_refused_as_stale_are_told_from_those_that_are_the_same(store):
+    await apply(store, (0, batch(row(at=10), row(A2, at=10), row(A2, "other", at=10), first=0)))
+    again = batch(row(value="late", at=9), row(A2, at=10), row(A2, "new", at=1), row(A2, "other", "w", at=11), first=1)
+    applied = await apply(store, (1, again))
+    assert (applied.given, applied.rows, applied.stale) == (4, 2, 1)
+
+
+async def test_stale_rows_are_not_looked_for_where_undeclared_ones_are_ignored(connection, database_url):
+    async with opened(database_url) as store:
+        await apply(store, (0, batch(row(at=10))))
+    async with opened(database_url, undeclared="ignore") as store:
+        applied = await apply(store, (1, batch(row(at=9), row(A2), first=1)))
+    assert (applied.given, applied.rows, applied.stale) == (2, 0, 0)
+
+
+async def test_ping_says_whether_postgres_answers(store):
+    await store.ping()
+    await store.close()
+    with pytest.raises(ServiceUnavailable):
+        await store.ping()

@@ -1,14 +1,27 @@
-"""metadatabatcher's metrics, and the names under which its API is to be found here."""
+"""Metrics: metadatabatcher's and ours, their names, and the names under which its API is to be found here."""
 
 import importlib
 import re
+import time
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
-from pipeline.metrics import CODER_PREFIX, PREFIX, Metrics, SinkMetrics
+from pipeline.lag import Lag
+from pipeline.metrics import (
+    CODER_PREFIX,
+    PREFIX,
+    ConsumerMetrics,
+    Freshness,
+    ListenerMetrics,
+    Metrics,
+    ProducerMetrics,
+    SinkMetrics,
+    WorkerMetrics,
+)
 from pipeline.settings import Settings
+from tests.prometheus_rules import breaches, families
 
 # metadatabatcher's, as its Go source registers them: name, type, labels, buckets.
 SEVEN = [
@@ -74,3 +87,65 @@ def test_metrics_that_the_readme_maps_to_are_there():
     fields = re.findall(r"\| `Metrics\.\w+` \| `\.(\w+)` \|", readme)
     metrics = Metrics()
     assert {id(getattr(metrics, name)) for name in fields} == {id(collector) for collector in metrics.collectors()}
+
+
+def make_all():
+    """Make every role's metrics, each labelled one with a value; return the registries by role."""
+    registries = {role: CollectorRegistry() for role in ("worker", "sink", "listener", "producer")}
+    worker, sink = WorkerMetrics(registries["worker"], "events"), SinkMetrics(registries["sink"], topic="batches")
+    listener, _ = ListenerMetrics(registries["listener"]), ProducerMetrics(registries["producer"])
+    for counter in (worker.windows, worker.dead_letters, sink.batches, sink.dead_letters):
+        counter.labels("r").inc()
+    sink.flush_seconds.labels("r").observe(1)
+    worker.show_open_pairs({0: 1})
+    for role in (worker, sink):
+        role.consumer.show_lags({0: Lag(3, time.time() - 10), 1: Lag(0, 0.0)})
+        role.consumer.outage_seconds.labels("kafka").set(0)
+    for role in (worker, sink, listener):
+        role.freshness.observe("committed", collected_at=5.0, at=12.0)
+    return registries
+
+
+def test_all_names_keep_to_prometheus_rules():
+    for role, registry in make_all().items():
+        assert breaches(generate_latest(registry).decode()) == [], role
+
+
+def test_readme_lists_every_metric_and_no_other():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.split("## Watch it")[1].split("\n## ")[0]
+    listed = {name for line in table.splitlines() for name in re.findall(r"^\| `(\w+)", line)}
+    shown = set()
+    for registry in make_all().values():
+        for family in families(generate_latest(registry).decode()):
+            name = family.name.removeprefix(PREFIX)
+            shown.add(name + "_total" if family.type == "counter" else name)
+    assert listed == shown
+
+
+def test_lag_and_its_age_are_shown_for_the_partitions_that_are_owned():
+    registry = CollectorRegistry()
+    metrics = ConsumerMetrics(registry, "events", now=lambda: 1010.0)
+    metrics.show_lags({0: Lag(3, 1000.0), 1: Lag(0, 900.0)})
+
+    def shown(name):
+        return {
+            (sample.labels["topic"], sample.labels["partition"]): sample.value
+            for family in registry.collect()
+            for sample in family.samples
+            if family.name == name
+        }
+
+    assert shown("agent_metadata_lag_records") == {("events", "0"): 3, ("events", "1"): 0}
+    assert shown("agent_metadata_lag_age_seconds") == {("events", "0"): 10, ("events", "1"): 0}
+    metrics.show_lags({1: Lag(0, 900.0)})
+    assert shown("agent_metadata_lag_records") == {("events", "1"): 0}
+
+
+def test_freshness_of_an_agent_whose_clock_is_ahead_counts_as_none():
+    registry = CollectorRegistry()
+    freshness = Freshness(registry)
+    freshness.observe("produced", collected_at=20.0, at=12.0)
+    freshness.observe("produced", collected_at=5.0, at=12.0)
+    assert registry.get_sample_value("agent_metadata_freshness_seconds_sum", {"hop": "produced"}) == 7
+    assert registry.get_sample_value("agent_metadata_freshness_seconds_count", {"hop": "produced"}) == 2

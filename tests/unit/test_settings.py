@@ -45,6 +45,8 @@ WRONG = [
     ("AGENT_METADATA_MAX_CLOCK_SKEW_SECONDS", "inf", "less than or equal to 86400"),
     ("AGENT_METADATA_SESSION_TIMEOUT_SECONDS", "0.5", "greater than or equal to 1"),
     ("AGENT_METADATA_SESSION_TIMEOUT_SECONDS", "301", "less than or equal to 300"),
+    ("AGENT_METADATA_STUCK_SECONDS", "14", "greater than or equal to 15"),
+    ("AGENT_METADATA_STUCK_SECONDS", "3601", "less than or equal to 3600"),
     ("AGENT_METADATA_METRICS_PORT", "-1", "greater than or equal to 0"),
     ("AGENT_METADATA_METRICS_PORT", "65536", "less than or equal to 65535"),
     ("AGENT_METADATA_METRICS_PREFIX", "coder_", "'agent_metadata_' or 'coderd_agentapi_metadata_'"),

@@ -1,0 +1,143 @@
+"""How far behind the end of its topic a consumer is, for how long, and whether it is stuck."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+from pipeline.clock import Clock
+from pipeline.errors import PipelineError
+
+LOOK_SECONDS: Final = 2.0
+# How long Kafka may take to say its offsets; it does so within milliseconds.
+ANSWER_SECONDS: Final = 5.0
+
+
+class Position(NamedTuple):
+    """How far one partition is read.
+
+    `next_offset` is the first offset that is not done with, and `reached` what the consumer has handed over up to;
+    they differ where records wait after that. `not_before` is a time, in seconds since the Unix epoch, at or after
+    which the record at `next_offset` was appended; 0 = not known.
+    """
+
+    next_offset: int
+    reached: int
+    not_before: float = 0.0
+
+
+class Lag(NamedTuple):
+    """How many records of a partition are not done with; `since` when the oldest has been waiting, in epoch seconds."""
+
+    records: int
+    since: float
+
+
+class LagWatch:
+    """Compares, every 2 seconds, how far partitions are read with Kafka's own answer where they end.
+
+    `positions()` gives those of the partitions that are owned now, `offsets(partitions)` asks Kafka for (earliest,
+    end) and raises a PipelineError if it doesn't say them, `is_held()` tells whether the consumer waits on purpose
+    (for acknowledgements, or for Postgres), and `show` gets the lags after each look.
+
+    Stuck means: Kafka answers, records wait, nothing holds the consumer back, and yet a partition has not moved for
+    `stuck_seconds` of such looks. So an outage, however long, is never taken for it.
+    """
+
+    def __init__(
+        self,
+        *,
+        positions: Callable[[], Mapping[int, Position]],
+        offsets: Callable[[Sequence[int]], Awaitable[Mapping[int, tuple[int, int]]]],
+        is_held: Callable[[], bool],
+        show: Callable[[Mapping[int, Lag]], None],
+        clock: Clock,
+        stuck_seconds: float,
+    ) -> None:
+        self._positions = positions
+        self._offsets = offsets
+        self._is_held = is_held
+        self._show = show
+        self._clock = clock
+        self._stuck_seconds = stuck_seconds
+        self._reached: dict[int, int] = {}
+        self._still_seconds: dict[int, float] = {}
+        self._first_seen: dict[int, float] = {}
+        self._nothing_waited_at: dict[int, float] = {}
+        self._looked_at = clock.now()
+        self._stuck: str | None = None
+        self._away_since: float | None = None
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        while True:
+            await self.look()
+            await self._clock.sleep_until(self._clock.now() + LOOK_SECONDS)
+
+    async def look(self) -> None:
+        """Look once; waits at most 5 seconds for Kafka."""
+        asked_at = self._clock.now()
+        # A process that was stopped for an hour has not seen its consumer stand still for an hour.
+        elapsed = min(asked_at - self._looked_at, LOOK_SECONDS + ANSWER_SECONDS)
+        self._looked_at = asked_at
+        positions = self._positions()
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                # Without partitions too, for then it matters most whether Kafka answers; any partition will do.
+                offsets = await self._offsets(sorted(positions) or [0])
+        except (PipelineError, TimeoutError):
+            self._away_since = self._away_since or asked_at
+            self._still_seconds.clear()  # what stands still now waits for Kafka
+            self._stuck = None
+            return
+        self._away_since = None
+        lags = {}
+        for partition in positions.keys() & offsets.keys():
+            position, (earliest, end) = positions[partition], offsets[partition]
+            self._time_standstill(partition, position, max(earliest, position.reached) < end, elapsed)
+            lags[partition] = self._lag(partition, position, earliest, end, asked_at)
+        for held in (self._reached, self._still_seconds, self._first_seen, self._nothing_waited_at):
+            for partition in held.keys() - lags.keys():
+                del held[partition]
+        self._stuck = self._why_stuck(lags)
+        self._show(lags)
+
+    def why_stuck(self) -> str | None:
+        """Say which partition has not moved for too long, as of the last look."""
+        return self._stuck
+
+    def why_away(self) -> str | None:
+        """Say for how long Kafka has not answered, if it doesn't."""
+        return f"Kafka has not answered for {self.seconds_away():.0f} s" if self._away_since is not None else None
+
+    def seconds_away(self) -> float:
+        """Return for how long Kafka has not answered; 0 if it does."""
+        return 0.0 if self._away_since is None else self._clock.now() - self._away_since
+
+    def _time_standstill(self, partition: int, position: Position, is_behind: bool, elapsed: float) -> None:
+        has_moved = self._reached.get(partition) != position.reached
+        self._reached[partition] = position.reached
+        if has_moved or not is_behind or self._is_held():
+            self._still_seconds.pop(partition, None)
+        elif partition in self._still_seconds:
+            self._still_seconds[partition] += elapsed
+        if is_behind:
+            self._still_seconds.setdefault(partition, 0.0)
+
+    def _lag(self, partition: int, position: Position, earliest: int, end: int, asked_at: float) -> Lag:
+        records = max(0, end - max(position.next_offset, earliest))  # below the earliest there is nothing left to read
+        if not records:
+            self._nothing_waited_at[partition] = asked_at
+        first_seen = self._first_seen.setdefault(partition, asked_at)
+        since = max(position.not_before, self._nothing_waited_at.get(partition, 0.0))
+        return Lag(records, since or first_seen)
+
+    def _why_stuck(self, lags: Mapping[int, Lag]) -> str | None:
+        for partition, seconds in self._still_seconds.items():
+            if seconds > self._stuck_seconds:
+                return (
+                    f"the consumer is stuck: of partition {partition}, where {lags[partition].records} records wait, "
+                    f"it has read none for {seconds:.0f} s although Kafka answers"
+                )
+        return None

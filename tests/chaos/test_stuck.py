@@ -1,0 +1,119 @@
+"""A consumer that is stuck ends its process; an outage, which looks alike from inside, doesn't."""
+
+import asyncio
+import os
+import signal
+import sys
+import uuid
+from contextlib import suppress
+from datetime import UTC, datetime
+
+import pytest
+
+from pipeline.local import PackagedKafka
+from pipeline.local.process import free_port
+from tests.deployment import DEADLINE_SECONDS, Deployment, eventually
+from tests.integration.test_health import ask
+
+pytestmark = pytest.mark.services
+
+STUCK_SECONDS = 15  # the least that the setting takes
+
+# The worker's command, but its consumer never hands anything over. Or the sink's.
+WITHOUT_RECORDS = {
+    "worker": """
+import asyncio
+from pipeline import chunks, cli
+
+async def nothing(*_, **__):
+    await asyncio.Event().wait()
+
+chunks.ChunkConsumerThread.getmany = nothing
+cli.main()
+""",
+    "sink": """
+from pipeline import batch_consumer, cli
+
+batch_consumer.BatchConsumer._hand_over = lambda *_: None
+cli.main()
+""",
+}
+
+
+def beginning(port, path, expected):
+    """Tell whether a path answers with a status and a body that begins as expected."""
+    status, body = ask(port, path)
+    return status == expected[0] and body.startswith(expected[1])
+
+
+def report(pipeline, number=0):
+    with pipeline.producer() as producer:
+        for agent in range(1, 50):
+            assert producer.add(uuid.UUID(int=agent), ["k"], [f"{number}"], [""], datetime.now(UTC))
+
+
+@pytest.mark.parametrize("role", ["worker", "sink"])
+async def test_role_whose_consumer_is_stuck_ends_with_1_and_one_line(deploy, role, tmp_path):
+    port = free_port()
+    pipeline = await deploy(window_seconds=0.1, stuck_seconds=STUCK_SECONDS)
+    if role == "sink":
+        await pipeline.started("worker")
+    report(pipeline)
+    environment = {**os.environ, **pipeline.environment, "AGENT_METADATA_METRICS_PORT": str(port)}
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", WITHOUT_RECORDS[role], role, env=environment, stderr=stderr
+        )
+    try:
+        stuck = (503, "the consumer is stuck: of partition ")
+        await eventually("/live fails", lambda: beginning(port, "/live", stuck))
+        code = await asyncio.wait_for(process.wait(), DEADLINE_SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+    said = (tmp_path / "stderr").read_text()
+    lines = [line for line in said.splitlines() if line.startswith("agent-metadata: ")]
+    assert (code, len(lines)) == (1, 1), said
+    assert "records wait, it has read none for" in lines[0]
+    assert "although Kafka answers; ending to be restarted, nothing is lost" in lines[0]
+    assert "Traceback" not in said
+
+
+async def test_broker_that_is_stopped_is_an_outage_which_worker_and_sink_wait_out(kafka_jars, database_url, tmp_path):
+    with PackagedKafka(kafka_jars) as kafka:
+        pipeline = Deployment(
+            kafka.bootstrap_servers, database_url, tmp_path, window_seconds=0.1, stuck_seconds=STUCK_SECONDS
+        )
+        await pipeline.prepare()
+        try:
+            ports = {"worker": free_port(), "sink": free_port()}
+            processes = []
+            for role, port in ports.items():
+                pipeline.environment["AGENT_METADATA_METRICS_PORT"] = str(port)
+                processes.append(await pipeline.started(role))
+            report(pipeline, 1)
+            await eventually("rows are there", lambda: values_are(pipeline, "1"))
+            for role, port in ports.items():
+                await eventually(f"{role} is ready", lambda p=port: ask(p, "/ready")[0] == 200)
+            os.kill(kafka.pid, signal.SIGSTOP)
+            try:
+                for role, port in ports.items():
+                    away = (503, "Kafka has not answered for ")
+                    await eventually(f"{role} notices", lambda p=port, a=away: beginning(p, "/ready", a))
+                await asyncio.sleep(STUCK_SECONDS + 10)  # the outage itself: longer than what would be stuck
+                assert [process.poll() for process in processes] == [None, None]
+                assert [ask(port, "/live")[0] for port in ports.values()] == [200, 200]
+            finally:
+                os.kill(kafka.pid, signal.SIGCONT)
+            report(pipeline, 2)
+            await eventually("rows are right", lambda: values_are(pipeline, "2"))
+            for role, port in ports.items():
+                await eventually(f"{role} is ready again", lambda p=port: ask(p, "/ready")[0] == 200)
+            assert [process.poll() for process in processes] == [None, None]
+        finally:
+            pipeline.close()
+
+
+async def values_are(pipeline, value):
+    return [row[0] for row in (await pipeline.table()).values()] == [value] * 49
