@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
+from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 import pipeline.listener
@@ -141,6 +142,32 @@ async def test_change_arrives_with_the_time_of_its_notify(connection, settings):
         arrived = await heard.next()
     assert arrived[:5] == (A1, "k", "new", "e", T0 + timedelta(seconds=1))
     assert before <= arrived.notified_at <= time.time()
+
+
+async def test_listener_counts_what_it_hears_and_how_old_it_is(connection, settings):
+    registry = CollectorRegistry()
+    counting = MetadataListener(lambda: connect(settings), read_rows, registry=registry)
+    collected_s_after_t0 = time.time() - T0.timestamp() - 100
+    await write(connection, A1, "a row of the snapshot has no such age")
+    async with hearing(counting) as heard:
+        await heard.next()
+        await connection.execute("select pg_notify($1, 'garbage')", NOTIFY_CHANNEL)
+        await change(connection, A1, "new", at=collected_s_after_t0)
+        await heard.next()
+        count, total = (
+            registry.get_sample_value(f"agent_metadata_freshness_seconds_{name}", {"hop": "notified"})
+            for name in ("count", "sum")
+        )
+        await cut_others(connection)
+        await write(connection, A1, "newer", at=collected_s_after_t0)
+        await heard.next()
+    assert count == 1
+    assert 99 < total < 200
+    counted = [
+        registry.get_sample_value(f"agent_metadata_listener_{name}_total")
+        for name in ("payloads", "ignored_payloads", "cuts")
+    ]
+    assert counted == [2, 1, 1]
 
 
 async def test_snapshot_of_watched_agents_leaves_others_out(connection, settings):
