@@ -10,11 +10,16 @@ from typing import Any, NoReturn, cast
 from urllib.parse import urlsplit
 
 import asyncpg
+import hypothesis
 import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.local import LocalServices, ServicesKind, docker_answers, kafka_classpath, start_services
 from tests.deployment import Deployment
+
+# An example takes as long as the machine is busy; hypothesis would call that flaky.
+hypothesis.settings.register_profile("any-machine", deadline=None)
+hypothesis.settings.load_profile("any-machine")
 
 SERVICES = pytest.StashKey[LocalServices]()
 
