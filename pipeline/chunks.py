@@ -3,8 +3,8 @@
 Faust spends about 80 microseconds on each event. Fed with chunks of some thousand records it spends them on the
 chunk, and what is left per record is aiokafka's own decoder: 0.4 microseconds.
 
-Non-obvious: this reads private parts of aiokafka (Fetcher._records, FetchResult._partition_records,
-PartitionRecords._records), so its version is pinned and tests/contract/test_chunks.py holds each part to it.
+Non-obvious: this reads private parts of aiokafka (Fetcher._records, FetchResult._partition_records, PartitionRecords'
+_records and _records_iterator), so its version is pinned and tests/contract/test_chunks.py holds each part to it.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ class PartitionChunks:
         self._tp = partition_records._tp
         self._check_crcs = partition_records._check_crcs
         self.next_fetch_offset: int = partition_records.next_fetch_offset
+        # A generator that refers back to its owner and is never run here. Without this each response would stay in
+        # memory until Python looks for cycles, which it does by numbers of objects: few large records are no reason.
+        partition_records._records_iterator = None
 
     def __iter__(self) -> Iterator[Chunk]:
         return self

@@ -12,7 +12,8 @@ from pipeline.clock import Clock
 from pipeline.window import ClosedWindow, Record
 
 # Closed windows that may wait for Kafka's acknowledgement before the partition takes no more records; with the
-# open one this bounds a partition's memory to about four times its window capacity.
+# open one this bounds a partition's memory to about four times its window capacity. Behind large rejected records
+# none waits: records of several MB would fill the memory.
 MAX_WAITING: Final = 2
 
 
@@ -106,9 +107,10 @@ class SourcePartition:
         if closed.last < closed.first:
             return
         self._waiting.append(closed)
+        most = 0 if closed.is_heavy else MAX_WAITING
         async with self._changed:
             self._changed.notify_all()
-            await self._changed.wait_for(lambda: len(self._waiting) <= MAX_WAITING or self._is_ending)
+            await self._changed.wait_for(lambda: len(self._waiting) <= most or self._is_ending)
 
     async def _close_by_clock(self) -> None:
         while not self._is_ending:

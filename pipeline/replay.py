@@ -141,8 +141,7 @@ class EventsFold:
         """Fold until all are done or the capacity is reached."""
         records = [_Consumed(message.value(), message) for message in messages[start:]]
         index = self._window.fold(records)
-        self.dead += len(self._window.rejected)
-        self._window.rejected.clear()  # the worker has dead-lettered them when they were live
+        self.dead += self._window.drop_rejected()  # the worker has dead-lettered them when they were live
         return start + index
 
     @property

@@ -29,6 +29,8 @@ _MAX_KNOWN_AGENTS: Final = 100_000
 _UNCOMMON: Final = (*PARSE_ERRORS, KeyError, DecodeError)
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
 _LOG_APPEND_TIME: Final = 1  # Kafka's TimestampType
+# Rejected records are kept whole until they are dead-lettered; the events topic's largest default record is as large.
+MAX_REJECTED_BYTES: Final = 1_000_000
 
 
 class Record(Protocol):
@@ -60,12 +62,20 @@ class Record(Protocol):
         ...
 
 
+RejectedKind = Literal["undecodable", "over_limit"]
+
+
 class Rejected(NamedTuple):
     """A record, or entries of it, that can't be used; to be dead-lettered with the reason, which is of one kind."""
 
     record: Record
     reason: str
-    kind: Literal["undecodable", "over_limit"] = "undecodable"
+    kind: RejectedKind = "undecodable"
+
+    @property
+    def size(self) -> int:
+        """How many bytes its value takes."""
+        return len(self.record.value or b"")
 
 
 class ClosedWindow(NamedTuple):
@@ -83,6 +93,11 @@ class ClosedWindow(NamedTuple):
     rejected: list[Rejected]
     entries: int
     clamped: int
+
+    @property
+    def is_heavy(self) -> bool:
+        """Tell whether rejected records take so much memory that they should be gone before more is taken."""
+        return sum(rejected.size for rejected in self.rejected) >= MAX_REJECTED_BYTES
 
 
 class OpenWindow:
@@ -102,6 +117,7 @@ class OpenWindow:
         self.last: int = -1
         self.rejected: list[Rejected] = []
         self.clamped = 0
+        self._rejected_bytes = 0
         self._capacity = capacity
         self._max_clock_skew = max_clock_skew
         self._agents: dict[str, dict[str, tuple[datetime, Entry]]] = {}
@@ -111,9 +127,10 @@ class OpenWindow:
     def is_full(self) -> bool:
         """Tell whether the window holds its capacity of unique pairs and must be closed before it takes more.
 
-        A rejected record counts as a pair: it is kept too, until it is dead-lettered.
+        A rejected record counts as a pair: it is kept too, until it is dead-lettered. MAX_REJECTED_BYTES of them
+        fill any window.
         """
-        return self.pairs + len(self.rejected) >= self._capacity
+        return self.pairs >= self._pairs_allowed
 
     def get(self, agent_id: str, key: str) -> tuple[datetime, Entry] | None:
         """Return (collected_at, entry) of a pair, or None if this window has none."""
@@ -132,7 +149,7 @@ class OpenWindow:
         affected.
         """
         # The hot loop, one turn an entry: names are local, and what is rare has left for a method.
-        agents, known, capacity = self._agents, self._known, self._capacity - len(self.rejected)
+        agents, known, capacity = self._agents, self._known, self._pairs_allowed
         pairs, count, index, end = self.pairs, self.entries, start, len(records)
         certain = self._certainly_believed(records[start]) if start < end else _NEVER
         while index < end and pairs < capacity:
@@ -154,8 +171,7 @@ class OpenWindow:
                     agent_id = self._learn(report.agent_id)
                     moment = self._believe(report.collected_at, record.timestamp)
                 except DecodeError as error:
-                    self.rejected.append(Rejected(record, str(error)))
-                    capacity -= 1
+                    capacity = self._reject(record, str(error), "undecodable")
                     continue
             held_by_key = agents.get(agent_id)
             if held_by_key is None:
@@ -178,14 +194,20 @@ class OpenWindow:
                     continue
                 held_by_key[key] = (at, entry)
             if problem is not None:
-                self.rejected.append(Rejected(record, problem, "over_limit"))
-                capacity -= 1
+                capacity = self._reject(record, problem, "over_limit")
         self.pairs, self.entries = pairs, count
         if index > start:
             if self.first is None:
                 self.first = records[start].offset
             self.last = records[index - 1].offset
         return index
+
+    def drop_rejected(self) -> int:
+        """Forget the records that can't be used and return how many there were; for readers that only count them."""
+        count = len(self.rejected)
+        self.rejected.clear()
+        self._rejected_bytes = 0
+        return count
 
     def retain(self, is_wanted: Callable[[str, str], bool]) -> None:
         """Forget all pairs but the wanted ones, told by (agent_id, key); for readers of a part."""
@@ -205,6 +227,17 @@ class OpenWindow:
         ]
         first = self.last + 1 if self.first is None else self.first
         return ClosedWindow(reason, self.start, end, first, self.last, rows, self.rejected, self.entries, self.clamped)
+
+    @property
+    def _pairs_allowed(self) -> int:
+        return 0 if self._rejected_bytes >= MAX_REJECTED_BYTES else self._capacity - len(self.rejected)
+
+    def _reject(self, record: Record, reason: str, kind: RejectedKind) -> int:
+        """Keep a record for the dead-letter topic; return how many pairs the window may hold now."""
+        rejected = Rejected(record, reason, kind)
+        self.rejected.append(rejected)
+        self._rejected_bytes += rejected.size
+        return self._pairs_allowed
 
     def _certainly_believed(self, record: Record) -> datetime:
         """Return up to which time, not included, an agent is believed without a look at each record's own timestamp.

@@ -33,8 +33,8 @@ from pipeline.window import ClosedWindow, Record, Rejected
 
 # Offsets of safe windows are committed together this often; what a crash repeats meanwhile is skipped by the sink.
 COMMIT_INTERVAL_SECONDS: Final = 1.0
-# Chunks that may wait in the stream; each has some thousand records.
-_STREAM_BUFFER_CHUNKS: Final = 64
+# Chunks that may wait in the stream: each has some thousand records, or one record however large.
+_STREAM_BUFFER_CHUNKS: Final = 16
 _FETCH_BYTES: Final = 4 * 1024 * 1024
 _YEAR_SECONDS: Final = 31_536_000
 

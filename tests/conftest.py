@@ -89,13 +89,16 @@ async def database_url(services: LocalServices, request: pytest.FixtureRequest) 
 
 @pytest.fixture
 async def deploy(bootstrap_servers: str, database_url: str, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
-    """Make a pipeline of this test's own: `await deploy(window_seconds=1)`; its processes end with the test."""
+    """Make a pipeline of this test's own: `await deploy(window_seconds=1)`; its processes end with the test.
+
+    `topic_configs` go over what topics/ declares, by role.
+    """
     made: list[Deployment] = []
 
-    async def make(**settings: Any) -> Deployment:
+    async def make(*, topic_configs: dict[str, dict[str, str]] | None = None, **settings: Any) -> Deployment:
         deployment = Deployment(bootstrap_servers, database_url, tmp_path, **settings)
         made.append(deployment)
-        await deployment.prepare()
+        await deployment.prepare(topic_configs or {})
         return deployment
 
     yield make

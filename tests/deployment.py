@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -63,8 +64,10 @@ class Deployment:
         self._logs = logs
         self._processes: list[subprocess.Popen[Any]] = []
 
-    async def prepare(self) -> None:
+    async def prepare(self, topic_configs: dict[str, dict[str, str]]) -> None:
         specs = load_topic_specs(names=self.settings.topic_names, partitions=self.settings.partitions)
+        for role, config in topic_configs.items():
+            specs[role] = dataclasses.replace(specs[role], config={**specs[role].config, **config})
         create_topics(self.settings.client_config(), specs)
         async with self.connection() as connection:
             await migrate(connection)

@@ -1,8 +1,10 @@
 """Holds aiokafka to the private parts of it that pipeline/chunks.py reads: an upgrade that moves one fails here."""
 
 import asyncio
+import gc
 import time
 import uuid
+import weakref
 from collections import OrderedDict
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -89,10 +91,23 @@ def borders(chunks):
 
 def test_partition_records_have_the_attributes_that_chunks_read():
     records = fetched(record_batch(5, 3), at=6)
-    assert {"_records", "_tp", "_check_crcs", "next_fetch_offset"} <= set(vars(records))
+    assert {"_records", "_records_iterator", "_tp", "_check_crcs", "next_fetch_offset"} <= set(vars(records))
     assert (records._tp, records._check_crcs, records.next_fetch_offset) == (EVENTS, True, 6)
     assert callable(records._records.has_next)
     assert callable(records._records.next_batch)
+
+
+def test_response_is_out_of_memory_with_its_last_reader_without_a_search_for_cycles():
+    records = fetched(record_batch(0, 1))
+    alive = weakref.ref(records)
+    gc.disable()
+    try:
+        chunks = PartitionChunks(records)
+        del records
+        assert alive() is None
+        assert borders(chunks) == [(0, 1)]
+    finally:
+        gc.enable()
 
 
 def test_record_batch_has_the_attributes_that_chunks_read():

@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 
 import pytest
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from pipeline.report import Entry, Report, encode_report
 from tests.bad_input import AGENT, CASES
@@ -18,16 +17,6 @@ T0 = datetime(2024, 1, 1, tzinfo=UTC)
 
 def agent_id(number):
     return str(uuid.uuid5(uuid.NAMESPACE_OID, str(number)))
-
-
-def stamp_by_producers(settings):
-    """Make the events topic one of CreateTime, with any timestamp allowed."""
-    wanted = {"message.timestamp.type": "CreateTime", "message.timestamp.after.max.ms": str(2**63 - 1)}
-    entries = [ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in wanted.items()]
-    admin = AdminClient(settings.client_config())
-    resource = ConfigResource(ResourceType.TOPIC, settings.events_topic, incremental_configs=entries)
-    for done in admin.incremental_alter_configs([resource]).values():
-        done.result(30)
 
 
 def produce(settings, cases):
@@ -50,11 +39,10 @@ def produce(settings, cases):
 
 @pytest.mark.parametrize("timestamp_type", ["LogAppendTime", "CreateTime"])
 async def test_bad_input_becomes_what_design_says_and_the_rest_is_untouched(deploy, timestamp_type):
-    pipeline = await deploy(partitions=1)
+    config = {"message.timestamp.type": timestamp_type, "message.timestamp.after.max.ms": str(2**63 - 1)}
+    pipeline = await deploy(topic_configs={"events": config}, partitions=1)
     settings = pipeline.settings
     cases = [case for case in CASES if case.timestamp_ms is None or timestamp_type == "CreateTime"]
-    if timestamp_type == "CreateTime":
-        stamp_by_producers(settings)
     started = datetime.now(UTC).replace(microsecond=0)  # the broker counts milliseconds
     produce(settings, cases)
     await pipeline.started("worker")

@@ -32,14 +32,19 @@ CREATE_TIME, LOG_APPEND_TIME = 0, 1
 def fold(*bad, agent_is_known=False):
     """Fold a record batch of these between two good ones; return (rows of other agents, rejected reasons)."""
     known = {A1: A1} if agent_is_known else {}
-    window = OpenWindow(0, capacity=10**6, max_clock_skew=timedelta(seconds=60), known=known)
     last = len(bad) + 1
+    closed = []
     for records in ([record(0, A2, k="before")], bad, [record(last, A2, l="after")]):
-        assert window.fold(records) == len(records)
-    closed = window.close("scheduled", 1)
-    assert (closed.first, closed.last) == (0, last)
-    assert [row.value for row in closed.rows if row.agent_id == A2] == ["before", "after"]
-    return [row for row in closed.rows if row.agent_id != A2], [rejected.reason for rejected in closed.rejected]
+        index = 0
+        while index < len(records):
+            window = OpenWindow(0, capacity=10**6, max_clock_skew=timedelta(seconds=60), known=known)
+            index = window.fold(records, index)
+            closed.append(window.close("scheduled", 1))
+    assert (closed[0].first, closed[-1].last) == (0, last)
+    rows = [row for window in closed for row in window.rows]
+    assert [row.value for row in rows if row.agent_id == A2] == ["before", "after"]
+    reasons = [rejected.reason for window in closed for rejected in window.rejected]
+    return [row for row in rows if row.agent_id != A2], reasons
 
 
 @st.composite

@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.latest import LatestTable, LatestTables
 from pipeline.partition import MAX_WAITING, SourcePartition
-from pipeline.testing import ManualClock, record, settle
+from pipeline.testing import FakeRecord, ManualClock, record, settle
+from pipeline.window import MAX_REJECTED_BYTES
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 AGENTS = [uuid.UUID(int=number) for number in range(1, 100)]
@@ -149,6 +150,18 @@ async def test_take_waits_while_too_many_windows_are_not_safe(make):
     await partition.finish("shutdown")
     assert outlet.seen() == [("capacity", offset, offset, 1) for offset in range(10)]
     assert MAX_WAITING < 10
+
+
+async def test_take_waits_for_large_rejected_records_to_be_safe_before_it_takes_more(make):
+    partition, outlet = make()
+    outlet.open.clear()
+    garbage = [FakeRecord(offset, 0, None, b"x" * MAX_REJECTED_BYTES) for offset in range(2)]
+    taking = asyncio.create_task(take(partition, *garbage))
+    await settle()
+    assert not taking.done()
+    outlet.open.set()
+    await taking
+    assert outlet.seen() == [("capacity", 0, 0, 0), ("capacity", 1, 1, 0)]
 
 
 async def test_abandon_while_kafka_is_away_lets_the_reader_go(make):

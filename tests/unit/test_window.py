@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.report import Entry, Report, encode_report
 from pipeline.testing import FakeRecord, record
-from pipeline.window import OpenWindow
+from pipeline.window import MAX_REJECTED_BYTES, OpenWindow
 
 A1, A2 = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
@@ -123,3 +123,11 @@ def test_rejected_records_fill_a_window_like_pairs():
     assert window.fold([record(0, A1, T0, k="v"), *records]) == 3
     assert window.is_full
     assert (window.pairs, len(window.rejected)) == (1, 2)
+
+
+def test_large_rejected_records_fill_a_window_of_any_capacity(window):
+    records = [FakeRecord(offset, T0_MS, None, b"x" * (MAX_REJECTED_BYTES // 2)) for offset in range(3)]
+    assert window.fold(records) == 2
+    assert window.is_full
+    closed = window.close("capacity", 1)
+    assert (closed.last, closed.is_heavy) == (1, True)
