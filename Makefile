@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-worker bench-sink bench-end-to-end bench-serve clean
+.PHONY: help install demo test check format bench bench-worker bench-sink bench-end-to-end bench-serve bench-fuzz clean
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ bench-end-to-end: .venv/.dev ## From the topic to the table, against a plain pro
 
 bench-serve: .venv/.dev ## 5,000 event streams of one process
 	$(BIN)/python -m bench.serve
+
+bench-fuzz: .venv/.dev ## Feed the decoders with whatever hypothesis comes up with, for 5 minutes; ARGS="--seconds 60"
+	$(BIN)/python -m bench.fuzz $(ARGS)
 
 install: .venv/.dev ## Make .venv with everything for development
 

@@ -222,16 +222,21 @@ def _simulate(producer: MetadataProducer, simulated: Any, oracle_file: Path | No
 
 
 def _produce_lines(producer: MetadataProducer) -> dict[str, int]:
-    counts = {"reports": 0, "entries": 0, "dropped": 0, "refused": 0}
+    counts = {"reports": 0, "entries": 0, "empty": 0, "dropped": 0, "refused": 0}
     for number, line in enumerate(sys.stdin.buffer, start=1):
         if not line.strip():
             continue
         try:
-            report, _ = decode_report(line)
+            report, left_out = decode_report(line)
             is_queued = _add(producer, report)
+            if left_out is not None:
+                raise ValueError(left_out)
         except (DecodeError, ValueError) as error:
             counts["refused"] += 1
             errors.print(f"line {number}: {error}", markup=False)
+            continue
+        if not report.entries:
+            counts["empty"] += 1  # sends nothing: not an error, as in coder's agent API
             continue
         counts["reports" if is_queued else "dropped"] += 1
         counts["entries"] += len(report.entries) if is_queued else 0

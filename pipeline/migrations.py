@@ -10,7 +10,7 @@ from typing import Any, Final
 import structlog
 
 from pipeline.data_files import data_dir
-from pipeline.errors import SchemaMismatch
+from pipeline.errors import ConfigError, SchemaMismatch
 from pipeline.postgres_errors import translated_errors
 
 # Any number will do, as long as no other program of the database takes the same.
@@ -31,6 +31,15 @@ select relpersistence = 'u' as is_unlogged,
     exists (select from pg_constraint where conrelid = pg_class.oid and contype = 'f') as is_coders
 from pg_class
 where oid = 'workspace_agent_metadata'::regclass
+"""
+# What a new row needs besides what the sink gives it; a domain may bring a default of its own.
+_WITHOUT_DEFAULT: Final = """
+select attname
+from pg_attribute join pg_type on pg_type.oid = atttypid
+where attrelid = 'workspace_agent_metadata'::regclass and attnum > 0 and not attisdropped
+    and attnotnull and not atthasdef and attidentity = '' and typdefault is null
+    and attname <> all(array['workspace_agent_id', 'key', 'value', 'error', 'collected_at'])
+order by attnum
 """
 
 _log = structlog.get_logger(__name__)
@@ -100,6 +109,21 @@ async def require_schema(connection: Any) -> None:
         raise SchemaMismatch(f"the database lacks {', '.join(missing)}: run `agent-metadata db migrate`")
     async with translated_errors("looking for tables"):
         await _refuse_gone(connection)
+
+
+async def require_defaults(connection: Any) -> None:
+    """Check that a row can be made of a pair without a definition; coder's own table allows none.
+
+    Raises:
+        ConfigError: names the columns that would refuse it, each row anew.
+    """
+    async with translated_errors("looking for defaults"):
+        lacking = [row["attname"] for row in await connection.fetch(_WITHOUT_DEFAULT)]
+    if lacking:
+        raise ConfigError(
+            f"workspace_agent_metadata takes no new rows, for {', '.join(lacking)} can't be null and have no default: "
+            "set AGENT_METADATA_UNDECLARED=ignore, or give them defaults"
+        )
 
 
 async def _apply(connection: Any, item: MigrationStatus, sql: str) -> None:

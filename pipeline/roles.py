@@ -26,7 +26,7 @@ from pipeline.lag import ANSWER_SECONDS, LagWatch, Position
 from pipeline.listener import MetadataListener
 from pipeline.live import LiveTable
 from pipeline.metrics import ConsumerMetrics, SinkMetrics, WorkerMetrics
-from pipeline.migrations import require_schema
+from pipeline.migrations import require_defaults, require_schema
 from pipeline.pooling import leads_through_pool, shares_servers, statements_to_keep
 from pipeline.postgres_errors import translated_errors
 from pipeline.processes import tune_garbage_collector
@@ -434,6 +434,8 @@ async def _require_topics(settings: Settings) -> dict[str, TopicFacts]:
 async def _open_store(settings: Settings) -> Store:
     async with connected(settings) as connection:
         await require_schema(connection)
+        if settings.undeclared == "insert":
+            await require_defaults(connection)
     return await Store.connect(
         settings.database_url.get_secret_value(),
         connections=SINK_CONNECTIONS,

@@ -9,8 +9,11 @@ import sys
 import time
 import uuid
 
+import asyncpg
 import pytest
 from confluent_kafka import Consumer, TopicPartition
+
+from tests.coder import CODERS_TABLES
 
 pytestmark = pytest.mark.services
 
@@ -122,7 +125,14 @@ def test_produce_from_stdin_sends_good_lines_and_names_the_bad_one(agent_metadat
     good = json.dumps({"agent_id": A1, "entries": [{"key": "cpu", "value": "12%"}]})
     done = agent_metadata("produce", "--json", stdin=f"{good}\n\n{{bad\n")
     assert done.returncode == 1
-    assert json.loads(done.stdout) == {"reports": 1, "entries": 1, "dropped": 0, "refused": 1, "not_acknowledged": 0}
+    assert json.loads(done.stdout) == {
+        "reports": 1,
+        "entries": 1,
+        "empty": 0,
+        "dropped": 0,
+        "refused": 1,
+        "not_acknowledged": 0,
+    }
     # A broker that was never asked for a producer's id may be slow to give one, which is logged too.
     bad_line, *_, advice = done.stderr.splitlines()
     assert bad_line.startswith("line 3: not a report")
@@ -136,7 +146,24 @@ def test_produce_of_good_lines_exits_with_0(agent_metadata, topics):
     line = json.dumps({"agent_id": A1.upper(), "entries": [{"key": "k", "value": "v"}]})
     done = agent_metadata("produce", stdin=line)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "1 reports, 1 entries, 0 dropped, 0 refused, 0 not_acknowledged\n"
+    assert done.stdout == "1 reports, 1 entries, 0 empty, 0 dropped, 0 refused, 0 not_acknowledged\n"
+
+
+def test_produce_of_a_report_without_entries_counts_it_apart_and_sends_nothing(agent_metadata, topics, environment):
+    done = agent_metadata("produce", "--json", stdin=json.dumps({"agent_id": A1, "entries": []}))
+    assert (done.returncode, done.stderr) == (0, "")
+    counts = json.loads(done.stdout)
+    assert (counts["reports"], counts["empty"]) == (0, 1)
+    assert values_of(environment["KAFKA_BOOTSTRAP_SERVERS"], environment["AGENT_METADATA_EVENTS_TOPIC"]) == []
+
+
+def test_produce_of_too_many_key_bytes_says_so_and_sends_what_came_before(agent_metadata, topics, environment):
+    entries = [{"key": f"{number:0100}", "value": "v"} for number in range(63)]
+    done = agent_metadata("produce", stdin=json.dumps({"agent_id": A1, "entries": entries}))
+    assert done.returncode == 1
+    assert "line 1: keys exceeded 6144 bytes: the last 2 entries were left out" in done.stderr
+    (sent,) = values_of(environment["KAFKA_BOOTSTRAP_SERVERS"], environment["AGENT_METADATA_EVENTS_TOPIC"])
+    assert sent["entries"] == entries[:-2]
 
 
 def values_of(servers, topic):
@@ -169,6 +196,25 @@ def test_sink_without_tables_exits_with_1_and_says_how_to_make_them(agent_metada
     said = complaint(done)
     assert "lacks 0001_metadata" in said
     assert "run `agent-metadata db migrate`" in said
+
+
+@pytest.mark.parametrize(("undeclared", "starts"), [("insert", False), ("ignore", True)])
+async def test_sink_on_coders_own_table_starts_only_where_undeclared_pairs_are_ignored(
+    agent_metadata, environment, database_url, topics, undeclared, starts
+):
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(CODERS_TABLES)
+    await connection.close()
+    assert agent_metadata("db", "migrate").returncode == 0
+    if starts:
+        with Running({**environment, "AGENT_METADATA_UNDECLARED": undeclared}, "sink") as sink:
+            sink.wait_for("partitions_assigned")
+        return
+    done = agent_metadata("sink", AGENT_METADATA_UNDECLARED=undeclared)
+    assert (done.returncode, done.stdout) == (2, "")
+    said = complaint(done)
+    assert "takes no new rows, for display_name, script, timeout, interval can't be null" in said
+    assert "set AGENT_METADATA_UNDECLARED=ignore, or give them defaults" in said
 
 
 class Running:

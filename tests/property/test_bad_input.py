@@ -1,12 +1,10 @@
 """Whatever bytes a record holds, the fold takes it or rejects it with a reason, and no other record suffers."""
 
-import json
 import uuid
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import example, given
-from hypothesis import strategies as st
 
 from pipeline.report import (
     MAX_ERROR_BYTES,
@@ -20,12 +18,12 @@ from pipeline.report import (
 )
 from pipeline.testing import FakeRecord, record
 from pipeline.window import OpenWindow
-from tests.bad_input import CASES, GOOD, T0
+from tests.bad_input import CASES, T0
 from tests.documentation import table_rows
+from tests.fuzz import RECORD_VALUES, check_decoders
 
 A1, A2 = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
 T0_MS = 1_704_067_200_000
-FIELDS = ["agent_id", "entries", "collected_at", "key", "value", "error"]
 CREATE_TIME, LOG_APPEND_TIME = 0, 1
 
 
@@ -47,24 +45,12 @@ def fold(*bad, agent_is_known=False):
     return [row for row in rows if row.agent_id != A2], reasons
 
 
-@st.composite
-def damaged(draw):
-    """A good report with some bytes changed, left out or put in."""
-    raw = bytearray(GOOD)
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, len(raw) - 1))
-        raw[at : at + draw(st.integers(0, 3))] = draw(st.binary(max_size=3))
-    return bytes(raw)
+@given(RECORD_VALUES)
+def test_decoders_of_any_bytes_keep_the_limits_or_say_why_not(value):
+    check_decoders(value)
 
 
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), inner),
-    max_leaves=12,
-)
-
-
-@given(st.one_of(st.none(), st.binary(max_size=300), damaged(), anything.map(lambda it: json.dumps(it).encode())))
+@given(RECORD_VALUES)
 @example(b"")
 @example(b"null")
 def test_fold_of_any_bytes_is_a_row_or_a_reason(value):

@@ -1,0 +1,91 @@
+"""Feed the decoders with whatever hypothesis comes up with, for minutes; say how often, and what was found."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import HypothesisWarning
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tests.fuzz import RECORD_VALUES, check_decoders
+
+# Hypothesis varies what it found interesting within one run, and begins anew with the next.
+EXAMPLES_A_RUN = 2000
+DAMAGED_A_VALUE = 50
+PIECES = [
+    b"",
+    b'"',
+    b"\\",
+    b"\\u0000",
+    b"\\ud800",
+    b"\\udc00",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b":",
+    b"null",
+    b"1e999",
+    b"-",
+    b"\xc3",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    seconds = parser.parse_args().seconds
+    seen: Counter[str] = Counter()
+    deadline = time.monotonic() + seconds
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        task = progress.add_task("fuzzing", total=seconds)
+
+        @settings(
+            max_examples=EXAMPLES_A_RUN,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(RECORD_VALUES, st.integers(0, 2**32))
+        def run(raw: bytes | None, seed: int) -> None:
+            for value in (raw, *damaged(raw or b"", seed)):
+                if time.monotonic() > deadline:
+                    return  # what is left of this run passes by
+                seen[check_decoders(value)] += 1
+            if seen.total() % 1000 < 1 + DAMAGED_A_VALUE:
+                progress.update(task, completed=seconds - max(0.0, deadline - time.monotonic()), description=said(seen))
+
+        while time.monotonic() < deadline:
+            run()
+    print(f"{said(seen)}; nothing but DecodeError came out, and all that was decoded is within the limits")
+
+
+def damaged(raw: bytes, seed: int) -> Iterator[bytes]:
+    """Change, leave out or put in some bytes: cheaper by far than what hypothesis makes."""
+    dice = random.Random(seed)
+    for _ in range(DAMAGED_A_VALUE):
+        value = bytearray(raw)
+        for _ in range(dice.randint(1, 3)):
+            at = dice.randint(0, len(value))
+            value[at : at + dice.randint(0, 3)] = dice.choice(PIECES) if dice.random() < 0.5 else dice.randbytes(1)
+        yield bytes(value)
+
+
+def said(seen: Counter[str]) -> str:
+    return f"{seen.total():,} executions: {seen['decoded']:,} decoded, {seen['refused']:,} refused"
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", HypothesisWarning)
+    sys.exit(main())
