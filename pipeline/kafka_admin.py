@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from confluent_kafka import KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import (
+    ConsumerGroupTopicPartitions,
+    KafkaError,
+    KafkaException,
+    TopicCollection,
+    TopicPartition,
+)
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from pipeline.errors import ServiceUnavailable, TopicMismatch
@@ -157,6 +163,24 @@ class KafkaAdmin:
             item.partition: (self._asked(earliest[item].result).offset, self._asked(end[item].result).offset)
             for item in where
         }
+
+    def committed(self, group: str, topic: str, partitions: int, timeout_s: float) -> dict[int, int]:
+        """Read a group's committed offsets; a partition without one is missing."""
+        wanted = [TopicPartition(topic, number) for number in range(partitions)]
+        asked = [ConsumerGroupTopicPartitions(group, wanted)]
+        (future,) = self._client.list_consumer_group_offsets(asked, request_timeout=timeout_s).values()
+        found = self._asked(future.result).topic_partitions
+        return {item.partition: item.offset for item in found if item.offset >= 0}
+
+    def members(self, group: str, timeout_s: float) -> int:
+        """Count the members of a consumer group; 0 if there is no such group."""
+        (future,) = self._client.describe_consumer_groups([group], request_timeout=timeout_s).values()
+        try:
+            return len(future.result().members)
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
+                return 0
+            raise self._unavailable(error) from error
 
     def _asked(self, question: Callable[[], Any]) -> Any:
         try:

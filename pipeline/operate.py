@@ -13,10 +13,13 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from pipeline.console import command_settings, errors, run_job
 from pipeline.errors import ConfigError, DecodeError
+from pipeline.inspection import gather_status
 from pipeline.migrations import require_schema
 from pipeline.moments import parse_moment
 from pipeline.operations import range_reader, replay_store, require_all_topics, wire_replay
@@ -27,8 +30,10 @@ from pipeline.report import canonical_agent_id
 from pipeline.resume import Range, ReplayPlan, load_plan, save_plan
 from pipeline.roles import connected
 from pipeline.settings import Settings
+from pipeline.status import Status
 from pipeline.topic_admin import TopicFacts
 
+EXIT_FAILURE: Final = 1
 EXIT_INTERRUPTED: Final = 130
 NOW: Final = "now"
 # Worker and sink come first where the processor is short: a replay can wait.
@@ -246,3 +251,88 @@ def _canonical(agents: Sequence[str] | None) -> frozenset[str]:
 
 def _ms(moment: datetime | None) -> int | None:
     return None if moment is None else round(moment.timestamp() * 1000)
+
+
+@app.command()
+def status(
+    max_lag: Annotated[
+        float, typer.Option(min=0, help="Seconds that worker (besides its window) and sink may be behind.")
+    ] = 30.0,
+    stale_after: Annotated[
+        float, typer.Option(min=0, help="Seconds after which an agent without a newer value counts as stale.")
+    ] = 3600.0,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(help="URL of a role's /metrics; may be given again. Default: AGENT_METADATA_METRICS_PORT, here."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show lags, batches, dead letters and the table on one screen; exit code 0 if all is healthy, else 1."""
+    settings = command_settings()
+    if bad := [url for url in metrics or () if not url.startswith(("http://", "https://"))]:
+        raise ConfigError(f"--metrics {bad[0]!r} is no URL: write http://host:port/metrics")
+    found, problems = run_job(_status(settings, max_lag, stale_after, metrics or _own_metrics(settings)))
+    if as_json:
+        answer = {"healthy": not problems, "problems": problems, **msgspec.structs.asdict(found)}
+        print(msgspec.json.encode(answer).decode())  # noqa: T201
+    else:
+        _show_status(found, problems, stale_after)
+    if problems:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+async def _status(
+    settings: Settings, max_lag: float, stale_after: float, metrics: list[str]
+) -> tuple[Status, list[str]]:
+    async with connected(settings) as connection:
+        await require_schema(connection)
+        found = await gather_status(settings, connection, stale_after_seconds=stale_after, metrics_urls=metrics)
+    return found, found.problems(worker_may_lag_seconds=settings.window_seconds + max_lag, sink_may_lag_seconds=max_lag)
+
+
+def _own_metrics(settings: Settings) -> list[str]:
+    """Where `run` serves metrics on this machine: the worker's at the port, the sink's one above."""
+    port = settings.metrics_port
+    return [f"http://localhost:{number}/metrics" for number in (port, port + 1)] if port else []
+
+
+def _show_status(found: Status, problems: list[str], stale_after: float) -> None:
+    table = Table("partition", "worker lag", "waited", "open pairs", "sink lag", "waited", "last batch applied")
+    for item in found.partitions:
+        table.add_row(
+            str(item.partition),
+            f"{item.worker_lag:,}",
+            f"{item.worker_behind_seconds:.1f} s",
+            "?" if item.open_pairs is None else f"{item.open_pairs:,}",
+            f"{item.sink_lag:,}",
+            f"{item.sink_behind_seconds:.1f} s",
+            _ago(item.last_applied_at),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    held = found.table
+    rows = (
+        f"{held.rows:,} rows of {held.agents:,} agents; {held.stale_agents:,} stale (nothing for {stale_after:g} s)"
+        if held
+        else "not counted in time"
+    )
+    outage = (
+        "?" if found.outage_seconds is None else f"{found.outage_seconds:.0f} s" if found.outage_seconds else "none"
+    )
+    for name, text in (
+        ("workers, sinks", f"{found.workers}, {found.sinks}"),
+        ("outage", outage),
+        ("dead letters", f"{found.dead_letters:,}"),
+        ("table", rows),
+    ):
+        console.print(f"{name:15} {text}", markup=False)
+    if found.outage_seconds is None:
+        console.print("? = no role's /metrics answers; name them: --metrics http://host:port/metrics", markup=False)
+    for problem in problems:
+        console.print(f"UNHEALTHY: {problem}", markup=False)
+    if not problems:
+        console.print("healthy", markup=False)
+
+
+def _ago(moment: datetime | None) -> str:
+    return "never" if moment is None else f"{(datetime.now(UTC) - moment).total_seconds():.1f} s ago"

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 COMMANDS = [
-    *[[name] for name in ("worker", "sink", "run", "watch", "produce", "demo", "config", "replay")],
+    *[[name] for name in ("worker", "sink", "run", "watch", "produce", "demo", "config")],
+    *[[name] for name in ("replay", "status")],
     *[["topics"], ["topics", "create"], ["topics", "diff"], ["db"], ["db", "migrate"], ["db", "status"]],
 ]
 NEEDING_KAFKA = [["worker"], ["sink"], ["produce"], ["topics", "diff"]]
