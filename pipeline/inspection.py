@@ -84,6 +84,12 @@ async def gather_status(
     )
 
 
+def group_positions(settings: Settings, events: TopicFacts) -> dict[int, int]:
+    """Read the worker group's committed offsets in the events topic."""
+    with KafkaAdmin(settings.client_config()) as admin:
+        return admin.committed(settings.worker_group, events.name, events.partitions, _ANSWER_SECONDS)
+
+
 def _ask_kafka(settings: Settings, topics: Mapping[str, TopicFacts]) -> _Groups:
     with KafkaAdmin(settings.client_config()) as admin:
         # Positions before ends, so that what comes meanwhile counts as lag and never the other way round.

@@ -32,6 +32,8 @@ from pipeline.roles import connected
 from pipeline.settings import Settings
 from pipeline.status import Status
 from pipeline.topic_admin import TopicFacts
+from pipeline.tracing import trace
+from pipeline.why import Found, explain
 
 EXIT_FAILURE: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -242,11 +244,11 @@ def _progress() -> Progress:
     )
 
 
-def _canonical(agents: Sequence[str] | None) -> frozenset[str]:
+def _canonical(agents: Sequence[str] | None, *, name: str = "--agent") -> frozenset[str]:
     try:
         return frozenset(canonical_agent_id(text) for text in agents or ())
     except DecodeError as error:
-        raise ConfigError(f"--agent: {error}") from None
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _ms(moment: datetime | None) -> int | None:
@@ -336,3 +338,60 @@ def _show_status(found: Status, problems: list[str], stale_after: float) -> None
 
 def _ago(moment: datetime | None) -> str:
     return "never" if moment is None else f"{(datetime.now(UTC) - moment).total_seconds():.1f} s ago"
+
+
+@app.command()
+def why(
+    agent_id: Annotated[str, typer.Argument(metavar="AGENT", help="The agent's UUID.")],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="The metadata key.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Trace one pair: its newest event, the batch that carried it, its row, and why the row does not hold it, if so.
+
+    Exit code 0 if the row is as new as the newest event, else 1.
+    """
+    settings = command_settings()
+    (agent_id,) = _canonical([agent_id], name="AGENT")
+    found = run_job(_trace(settings, agent_id, key))
+    verdict, said = explain(found)
+    if as_json:
+        answer = {"verdict": verdict, "explanation": said, **msgspec.structs.asdict(found)}
+        print(msgspec.json.encode(answer).decode())  # noqa: T201
+    else:
+        _show_trace(settings, found, verdict, said)
+    if verdict not in ("held", "row_newer"):
+        raise typer.Exit(EXIT_FAILURE)
+
+
+async def _trace(settings: Settings, agent_id: str, key: str) -> Found:
+    async with connected(settings) as connection:
+        await require_schema(connection)
+        columns = (TextColumn("searching: {task.completed:,.0f} records, {task.speed:,.0f}/s"),)
+        with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            return await trace(
+                settings, connection, agent_id, key, on_searched=lambda records: bar.advance(task, records)
+            )
+
+
+def _show_trace(settings: Settings, found: Found, verdict: str, said: str) -> None:
+    event, batch, row = found.event, found.batch, found.row
+    lines = {"event": "none in the topic", "batch": "none", "row": "none"}
+    if event is not None:
+        shown = f"refused: {event.refused}" if event.refused else _entry(event.value, event.error, event.collected_at)
+        arrived = f"appended {event.appended_at:%Y-%m-%dT%H:%M:%S.%fZ}"
+        lines["event"] = f"{settings.events_topic} {event.partition}@{event.offset}, {arrived}, {shown}"
+    if batch is not None:
+        closed = f"{batch.reason} close at {batch.closed_at:%Y-%m-%dT%H:%M:%S.%fZ}"
+        where = f"{settings.batches_topic} {batch.partition}@{batch.offset}"
+        lines["batch"] = f"{where}, part {batch.part} of {batch.parts}, {closed}"
+    if row is not None:
+        lines["row"] = _entry(row.value, row.error, row.collected_at)
+    for name, text in (*lines.items(), (verdict, said)):
+        print(f"{name + ':':12} {text}")  # noqa: T201
+
+
+def _entry(value: str, error: str, collected_at: datetime | None) -> str:
+    """Show a value on one line; ascii() leaves a terminal no control characters to obey."""
+    of = f" of {collected_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}" if collected_at else ""
+    return f"{value[:80]!a}{f' (error {error[:80]!a})' if error else ''}{of}"

@@ -93,7 +93,7 @@ class Interrupted(Exception):
     """The replay was told to stop; the partition under way is to be replayed anew."""
 
 
-class _Consumed(NamedTuple):
+class Consumed(NamedTuple):
     """A confluent-kafka message as the fold reads records: what it needs rarely is asked for then."""
 
     value: bytes | None
@@ -101,10 +101,12 @@ class _Consumed(NamedTuple):
 
     @property
     def offset(self) -> int:
+        """Its offset in the partition."""
         return int(self.message.offset())
 
     @property
     def timestamp(self) -> int:
+        """When the broker took it, in milliseconds since the Unix epoch."""
         return int(self.message.timestamp()[1])
 
     @property
@@ -113,6 +115,7 @@ class _Consumed(NamedTuple):
 
     @property
     def key(self) -> bytes | None:
+        """Not needed here."""
         return None
 
 
@@ -139,7 +142,7 @@ class EventsFold:
 
     def fold(self, messages: Sequence[Any], start: int) -> int:
         """Fold until all are done or the capacity is reached."""
-        records = [_Consumed(message.value(), message) for message in messages[start:]]
+        records = [Consumed(message.value(), message) for message in messages[start:]]
         index = self._window.fold(records)
         self.dead += self._window.drop_rejected()  # the worker has dead-lettered them when they were live
         return start + index
