@@ -111,6 +111,7 @@ class Consumed(NamedTuple):
 
     @property
     def timestamp_type(self) -> int:
+        """1 where it is the broker's clock."""
         return 1 if self.message.timestamp()[0] == TIMESTAMP_LOG_APPEND_TIME else 0
 
     @property
