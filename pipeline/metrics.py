@@ -195,6 +195,11 @@ class WorkerMetrics:
             "Records that retention deleted before they were consumed.",
             registry=registry,
         )
+        self.unacknowledged_seconds = Gauge(
+            "agent_metadata_unacknowledged_seconds",
+            "How long the oldest closed window has waited for Kafka to acknowledge it; 0 = none waits.",
+            registry=registry,
+        )
         self._open_pairs: Mapping[int, int] = {}
         PartitionGauges(
             "open_pairs", "Unique pairs in open windows.", lambda: self._open_pairs, topic=topic, registry=registry

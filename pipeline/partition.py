@@ -67,6 +67,12 @@ class SourcePartition:
         """Tell whether it takes no records now, because closed windows wait for Kafka's acknowledgement."""
         return len(self._waiting) > MAX_WAITING
 
+    @property
+    def unacknowledged_since(self) -> float | None:
+        """When the oldest window closed that Kafka has not acknowledged yet, by this partition's clock."""
+        waiting = tuple(self._waiting)  # a scrape asks from another thread
+        return waiting[0].end if waiting else None
+
     async def take(self, records: Sequence[Record]) -> None:
         """Fold consecutive records; waits while too many closed windows are not yet safe."""
         index = 0

@@ -47,6 +47,8 @@ SINK_CONNECTIONS: Final = 2
 SERVE_CONNECTIONS: Final = 4
 # What matters was waited for before; this is for dead letters under way.
 _LAST_FLUSH_SECONDS: Final = 1.0
+# Kafka acknowledges a window within milliseconds, and large ones within a second or two.
+UNACKNOWLEDGED_SECONDS: Final = 10.0
 # How often the sink asks Postgres whether it is there, so that an idle one knows too.
 _PING_SECONDS: Final = 2.0
 
@@ -91,6 +93,7 @@ async def run_worker(settings: Settings) -> None:
         clock=SystemClock(),
         metrics=metrics,
     )
+    metrics.unacknowledged_seconds.set_function(worker.unacknowledged_seconds)
     watch = _watch_lag(settings, settings.events_topic, worker.positions, lambda: worker.is_held, metrics.consumer)
     heartbeat = Heartbeat(settings.stuck_seconds)
 
@@ -101,7 +104,7 @@ async def run_worker(settings: Settings) -> None:
         settings.metrics_port,
         registry,
         why_not_live=why_not_live,
-        why_not_ready=lambda: watch.why_away() or (None if worker.is_assigned else "no partitions are assigned"),
+        why_not_ready=lambda: watch.why_away() or _why_worker_not_ready(worker),
     )
     exit_when_stuck(why_not_live)
     watching = asyncio.create_task(watch.run())
@@ -115,6 +118,13 @@ async def run_worker(settings: Settings) -> None:
         if left := await publisher.close(_LAST_FLUSH_SECONDS):
             _log.warning("batches_not_acknowledged", count=left, advice="they will be made again from the events")
     _log.info("worker_stopped")
+
+
+def _why_worker_not_ready(worker: Worker) -> str | None:
+    if not worker.is_assigned:
+        return "no partitions are assigned"
+    seconds = worker.unacknowledged_seconds()
+    return f"Kafka has not acknowledged a window for {seconds:.0f} s" if seconds > UNACKNOWLEDGED_SECONDS else None
 
 
 async def run_sink(settings: Settings) -> None:

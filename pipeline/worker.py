@@ -112,6 +112,11 @@ class Worker:
         """Tell whether it reads on only when Kafka has acknowledged what it published."""
         return any(partition.is_held for partition in self._partitions.values())
 
+    def unacknowledged_seconds(self) -> float:
+        """Return how long the oldest closed window has waited for Kafka's acknowledgement; 0 if none waits."""
+        since = [partition.unacknowledged_since for partition in list(self._partitions.values())]
+        return max((self._clock.now() - at for at in since if at is not None), default=0.0)
+
     def positions(self) -> Mapping[int, Position]:
         """Return how far each partition that it owns now is folded."""
         positions = {}

@@ -1,6 +1,7 @@
 """The worker in this process, on a real Kafka, with an outlet that the test controls."""
 
 import asyncio
+import time
 import uuid
 
 import pytest
@@ -10,7 +11,9 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.batch import decode_batch
 from pipeline.clock import SystemClock
+from pipeline.lag import Position
 from pipeline.metrics import WorkerMetrics
+from pipeline.partition import MAX_WAITING
 from pipeline.testing import record
 from pipeline.worker import Worker
 from tests.deployment import eventually
@@ -100,6 +103,34 @@ async def test_offsets_are_committed_once_kafka_has_acknowledged_the_batch(runni
     assert committed(pipeline, 0) < 0
     outlet.withheld.pop(0).set_result(None)
     await eventually("partition 0's offset is committed", lambda: committed(pipeline, 0) == 1)
+
+
+async def test_window_that_kafka_does_not_acknowledge_is_told_with_its_age_and_holds_the_worker_in_the_end(running):
+    pipeline, outlet, worker = running
+    outlet.withholding = {0}
+    assert worker.unacknowledged_seconds() == 0
+    assert not worker.is_held
+    for number in range(MAX_WAITING + 1):
+        produce(pipeline, 0, k=str(number))
+        await eventually("it is folded", lambda n=number: worker.folded_records == n + 1)
+        await eventually("its window is closed", lambda: worker.table.open_pairs()[0] == 0)
+    assert worker.is_held
+    await eventually("it gets older", lambda: worker.unacknowledged_seconds() > 1)
+    outlet.withholding = set()
+    outlet.withheld.pop(0).set_result(None)
+    await eventually("nothing waits", lambda: worker.unacknowledged_seconds() == 0)
+    assert not worker.is_held
+
+
+async def test_positions_are_those_of_the_partitions_that_are_owned(running):
+    pipeline, _, worker = running
+    await eventually("all are owned", lambda: set(worker.positions()) == {0, 1, 2, 3})
+    produce(pipeline, 1, k="v")
+    await eventually("it is read", lambda: worker.positions()[1].next_offset == 1)
+    assert abs(worker.positions()[1].not_before - time.time()) < 60
+    assert worker.positions()[2] == Position(0, 0)
+    worker.stop()
+    await eventually("none is owned", lambda: worker.positions() == {})
 
 
 async def test_backlog_is_written_as_soon_as_it_is_read(deploy):

@@ -20,7 +20,8 @@ def nodes(plan):
 
 @pytest.mark.parametrize("is_analyzed", [False, True])
 @pytest.mark.parametrize("rows_per_statement", [1, 1000, 5000])
-async def test_update_uses_the_primary_key_only(database_url, rows_per_statement, is_analyzed):
+@pytest.mark.parametrize("name", ["update_rows", "insert_rows"])
+async def test_write_uses_the_primary_key_only(database_url, name, rows_per_statement, is_analyzed):
     connection = await asyncpg.connect(database_url)
     await migrate(connection)
     await connection.execute(
@@ -34,7 +35,7 @@ async def test_update_uses_the_primary_key_only(database_url, rows_per_statement
     async with connection.transaction():
         await connection.execute(statement("pin_plan"))
         explained = await connection.fetchval(
-            "explain (format json) " + statement("update_rows"), agents, texts, texts, texts, [0] * rows_per_statement
+            "explain (format json) " + statement(name), agents, texts, texts, texts, [0] * rows_per_statement
         )
     await connection.close()
     plan = dict(nodes(json.loads(explained)[0]["Plan"]))
