@@ -3,6 +3,8 @@
 import asyncio
 import uuid
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 
@@ -13,16 +15,49 @@ from pipeline.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.metrics import SinkMetrics, WorkerMetrics
 from pipeline.publisher import Publisher
 from pipeline.roles import wire_sink
-from pipeline.store import Store
+from pipeline.store import Store, read_rows
 from pipeline.testing import ManualClock
 from pipeline.topic_admin import load_topic_specs, require_topics
 from pipeline.worker import Worker
 from tests.deployment import eventually
-from tests.parity.cases import CASES, Add, Advance, Case, Close, Expect
+from tests.parity.cases import (
+    CASES,
+    DIFFERENCES,
+    Add,
+    AddAtOnce,
+    Advance,
+    Block,
+    Case,
+    Close,
+    Expect,
+    Fail,
+    FailNotify,
+    Restore,
+    Text,
+    Tried,
+)
 
 pytestmark = pytest.mark.services
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
+
+
+NEVER = "timestamptz '0001-01-01 00:00:00+00'"  # asyncpg would make -infinity of datetime.min
+THE_SINKS = "from pg_stat_activity where datname = current_database() and application_name = 'agent-metadata-sink'"
+# Found before pg_catalog's by the search path that goes with it; 53000 is "insufficient resources": an outage.
+BROKEN_NOTIFY = """
+create schema broken;
+create function broken.pg_notify(text, text) returns void language plpgsql
+as 'begin raise exception ''the queue is full'' using errcode = ''53000''; end'
+"""
+
+
+def moment(at: float | None) -> datetime | None:
+    return None if at is None else T0 + timedelta(seconds=at)
+
+
+def split_text(text: Text) -> tuple[str, str]:
+    return (text, "") if isinstance(text, str) else text
 
 
 def agent_id(number: int) -> uuid.UUID:
@@ -39,12 +74,15 @@ class Batcher:
         self._registry = CollectorRegistry()
         self._payloads: list[str] = []
         self._added = 0
+        self._blocking = None
+        self._started = datetime.now(UTC).replace(microsecond=0)  # the broker counts milliseconds
         self._producer = pipeline.producer()
 
     async def start(self, declared) -> None:
         settings, connection = self._pipeline.settings, self._pipeline.connection()
         self._listening = await self._stack.enter_async_context(connection)
         await self._listening.add_listener(NOTIFY_CHANNEL, lambda *notice: self._payloads.append(notice[3]))
+        self._control = await self._stack.enter_async_context(self._pipeline.connection())
         await self._listening.executemany(
             "insert into workspace_agent_metadata (workspace_agent_id, key) values ($1, $2)", declared
         )
@@ -53,7 +91,7 @@ class Batcher:
         publisher = Publisher(settings.client_config())
         self._stack.push_async_callback(publisher.close, 5)
         store = await Store.connect(
-            settings.database_url.get_secret_value(), connections=2, undeclared="ignore", notify=True
+            settings.database_url.get_secret_value(), connections=2, undeclared=settings.undeclared, notify=True
         )
         self._stack.push_async_callback(store.close)
         failures: list[BaseException] = []
@@ -84,10 +122,11 @@ class Batcher:
     async def do(self, step) -> None:
         match step:
             case Add():
-                keys, values = list(step.values), list(step.values.values())
-                at = T0 + timedelta(seconds=step.at)
-                assert self._producer.add(agent_id(step.agent), keys, values, [""] * len(keys), at)
-                self._added += 1
+                self._add(step)
+            case AddAtOnce():
+                with ThreadPoolExecutor(len(step.agents)) as threads:
+                    list(threads.map(lambda agent: self._add_many(agent, step.reports), step.agents))
+                self._added += len(step.agents) * step.reports
             case Advance():
                 await self._settled()
                 await self.clock.advance(step.seconds)
@@ -97,6 +136,52 @@ class Batcher:
             case Expect():
                 await self._settled()
                 await self._expect(step)
+            case Tried():
+                await eventually("a write waits or has failed", self._is_held_up)
+            case Block() | Fail() | FailNotify() | Restore():
+                await self._database(step)
+
+    def _add(self, step: Add) -> None:
+        keys, texts = [key for key, _ in step.pairs], [split_text(text) for _, text in step.pairs]
+        times = [moment(at) for at in step.at] if isinstance(step.at, Sequence) else moment(step.at)
+        values, errors = [value for value, _ in texts], [error for _, error in texts]
+        if step.refused is None:
+            assert self._producer.add(agent_id(step.agent), keys, values, errors, times)
+            self._added += bool(keys)
+        else:
+            with pytest.raises(ValueError, match=step.refused):
+                self._producer.add(agent_id(step.agent), keys, values, errors, times)
+            self._added += "equally long" not in step.refused
+
+    def _add_many(self, agent: int, reports: int) -> None:
+        for number in range(reports):
+            assert self._producer.add(agent_id(agent), [f"{number}"], ["v"], [""], T0)
+
+    async def _database(self, step) -> None:
+        name = await self._control.fetchval("select quote_ident(current_database())")
+        match step:
+            case Block():
+                self._blocking = self._control.transaction()
+                await self._blocking.start()
+                await self._control.execute("lock table workspace_agent_metadata in exclusive mode")
+                return
+            case Fail():
+                await self._control.execute(f"alter database {name} set default_transaction_read_only = on")
+            case FailNotify():
+                await self._control.execute(BROKEN_NOTIFY)
+                await self._control.execute(f"alter database {name} set search_path = broken, pg_catalog, public")
+            case Restore() if self._blocking is not None:
+                await self._blocking.rollback()
+                self._blocking = None
+                return
+            case Restore():
+                await self._control.execute(f"alter database {name} reset all")
+        await self._control.execute(f"select pg_terminate_backend(pid) {THE_SINKS} and pid <> pg_backend_pid()")
+
+    async def _is_held_up(self) -> bool:
+        if self._blocking is None:
+            return self._value("agent_metadata_failed_flushes_total") > 0
+        return bool(await self._listening.fetch(f"select 1 {THE_SINKS} and wait_event_type = 'Lock'"))
 
     async def close(self) -> None:
         self._worker.stop()
@@ -120,16 +205,32 @@ class Batcher:
         assert {agent for payload in told for agent in payload} == {agent_id(number) for number in expected.told}
         if expected.payload_ids is not None:
             assert Counter(map(len, told)) == Counter(expected.payload_ids)
+        for name, observed in (("batch_size", expected.sizes), ("batch_utilization", expected.utilization)):
+            if observed is not None:
+                metric = f"agent_metadata_{name}"
+                assert (self._value(f"{metric}_count"), self._value(f"{metric}_sum")) == observed
         if expected.rows is not None:
-            rows = {
-                (agent_id(number), key): (value, T0 + timedelta(seconds=at))
-                for (number, key), (value, at) in expected.rows.items()
-            }
+            await self._expect_rows(expected.rows)
+        if expected.never:
             held = await self._listening.fetch(
-                "select workspace_agent_id, key, value, collected_at from workspace_agent_metadata "
-                "where collected_at > '0001-01-02'"
+                "select workspace_agent_id, key, value, error from workspace_agent_metadata "
+                f"where collected_at = {NEVER}"
             )
-            assert {(row[0], row[1]): (row[2], row[3]) for row in held} == rows
+            assert {tuple(row) for row in held} == {(agent_id(number), key, "", "") for number, key in expected.never}
+
+    async def _expect_rows(self, expected) -> None:
+        held = await self._listening.fetch(
+            "select workspace_agent_id, key, value, error, collected_at from workspace_agent_metadata "
+            f"where collected_at > {NEVER}"
+        )
+        found = {(row[0], row[1]): (row[2], row[3]) for row in held}
+        assert found == {(agent_id(number), key): split_text(text) for (number, key), (text, _) in expected.items()}
+        times = {(row[0], row[1]): row[4] for row in held}
+        for (number, key), (_, at) in expected.items():
+            if at is not None:
+                assert times.pop((agent_id(number), key)) == moment(at)
+        assert len(set(times.values())) <= 1  # the server's, one for all keys of a report
+        assert all(self._started <= at <= datetime.now(UTC) for at in times.values())
 
     def _value(self, name: str, **labels: str) -> float:
         return self._registry.get_sample_value(name, labels) or 0
@@ -138,14 +239,33 @@ class Batcher:
 REASONS = ("scheduled", "capacity", "shutdown", "revoked")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *DIFFERENCES], ids=lambda case: case.name)
 async def test_parity(case: Case, deploy):
     pipeline = await deploy(
-        partitions=1, window_seconds=5, window_capacity=case.batch, batch_size=case.batch, undeclared="ignore"
+        partitions=1,
+        window_seconds=5,
+        window_capacity=case.capacity or case.batch,
+        batch_size=case.batch,
+        undeclared=case.undeclared,
     )
-    declared = {(agent_id(step.agent), key) for step in case.steps if isinstance(step, Add) for key in step.values}
+    adds = [step for step in case.steps if isinstance(step, Add) and step.is_declared]
+    declared = {(agent_id(step.agent), key) for step in adds for key, _ in step.pairs}
+    for step in case.steps:
+        if isinstance(step, AddAtOnce):
+            declared |= {(agent_id(agent), f"{number}") for agent in step.agents for number in range(step.reports)}
     async with AsyncExitStack() as stack:
         batcher = Batcher(pipeline, stack)
         await batcher.start(sorted(declared))
         for step in case.steps:
             await batcher.do(step)
+
+
+async def test_rows_are_read_in_display_order_then_by_key(deploy):
+    pipeline = await deploy(partitions=1)
+    async with pipeline.connection() as connection:
+        await connection.executemany(
+            "insert into workspace_agent_metadata (workspace_agent_id, key, display_order) values ($1, $2, $3)",
+            [(agent_id(1), f"foo{number}", order) for number, order in ((1, 2), (2, 1), (3, 2), (4, 3))],
+        )
+        rows = await read_rows(connection, [agent_id(1)])
+    assert [row["key"] for row in rows] == ["foo2", "foo1", "foo3", "foo4"]
