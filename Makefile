@@ -2,9 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+SCENARIO ?=
+SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-worker bench-sink bench-end-to-end bench-serve bench-fuzz clean
+.PHONY: help install demo test check format bench bench-worker bench-sink bench-end-to-end bench-serve bench-fuzz chaos clean
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -42,6 +44,9 @@ bench-serve: .venv/.dev ## 5,000 event streams of one process
 
 bench-fuzz: .venv/.dev ## Feed the decoders with whatever hypothesis comes up with, for 5 minutes; ARGS="--seconds 60"
 	$(BIN)/python -m bench.fuzz $(ARGS)
+
+chaos: .venv/.dev ## All faults with an oracle that counts, 40 minutes; SCENARIO=worker_killed,sink_frozen SEEDS=3
+	$(BIN)/python -m bench.chaos "$(SCENARIO)" "$(SEEDS)"
 
 install: .venv/.dev ## Make .venv with everything for development
 

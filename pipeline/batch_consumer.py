@@ -14,7 +14,7 @@ from typing import Any, Final
 import structlog
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from pipeline.errors import ServiceUnavailable
+from pipeline.errors import ServiceUnavailable, TopicMismatch
 from pipeline.lag import Position
 
 _POLL_SECONDS: Final = 0.1
@@ -56,6 +56,7 @@ class BatchConsumer:
         self._is_paused = False
         self._begins: dict[int, int] = {}  # where partitions were taken up
         self._reached: dict[int, Position] = {}  # written on the event loop only
+        self._expected: dict[int, int] = {}  # nothing below this may come now; touched by the thread only
         self._committable: dict[int, int] = {}
         self._calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[..., Any], Any]] = (
             queue.SimpleQueue()
@@ -95,7 +96,12 @@ class BatchConsumer:
         return self._reached
 
     def start(self) -> asyncio.Task[None]:
-        """Join the group; the task ends with `close`, or with the error that the consumer can't go on from."""
+        """Join the group; the task ends with `close`, or with the error that the consumer can't go on from.
+
+        Raises (from the task):
+            TopicMismatch: the topic was deleted and made anew; nothing of the new one was handed on.
+            ServiceUnavailable: librdkafka can't go on.
+        """
         self._thread = asyncio.create_task(asyncio.to_thread(self._run))
         return self._thread
 
@@ -116,9 +122,13 @@ class BatchConsumer:
     async def seek(self, partition: int, offset: int) -> None:
         """Go back (or on) to an offset of a partition this consumer owns; without effect if it doesn't."""
         try:
-            await self._in_thread(self._consumer.seek, TopicPartition(self._topic, partition, offset))
+            await self._in_thread(self._seek, partition, offset)
         except (KafkaException, ServiceUnavailable) as error:
             _log.warning("seek_failed", partition=partition, error=str(error))
+
+    def _seek(self, partition: int, offset: int) -> None:
+        self._consumer.seek(TopicPartition(self._topic, partition, offset))
+        self._expected[partition] = offset
 
     async def ends(self) -> dict[int, int]:
         """Return the end offsets, now, of owned partitions that hold anything beyond where they were taken up.
@@ -213,6 +223,10 @@ class BatchConsumer:
             else:
                 _log.warning("consume_failed", topic=self._topic, error=error.str())
         for partition, records in by_partition.items():
+            if records[0].offset() < self._expected.get(partition, 0):
+                # Read on, its batches would be taken for those of the same offsets that were applied long ago.
+                raise TopicMismatch(f"{self._topic} was made anew under this sink: start it again")
+            self._expected[partition] = records[-1].offset() + 1
             self._loop.call_soon_threadsafe(self._deliver, partition, records)
         for partition, end in ends.items():
             self._loop.call_soon_threadsafe(self._reach, partition, end, 0)
@@ -264,6 +278,7 @@ class BatchConsumer:
             self._is_paused = False
             self._begins = {p.partition: p.offset for p in partitions}
             self._loop.call_soon_threadsafe(self._begin, self._begins)
+            self._expected = {number: max(0, offset) for number, offset in self._begins.items()}
             self.is_assigned = True
             _log.info("partitions_assigned", topic=self._topic, partitions=sorted(p.partition for p in partitions))
 

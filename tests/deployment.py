@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -72,17 +72,21 @@ class Deployment:
         async with self.connection() as connection:
             await migrate(connection)
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        log_path = self._logs / f"{arguments[0]}-{len(self._processes)}.log"
-        with log_path.open("wb") as log:
+    def start(self, *arguments: str, module: Sequence[str] = ("pipeline",)) -> subprocess.Popen[bytes]:
+        """Start `python -m module arguments`; its stdout and stderr go to files named after the first argument."""
+        log_path = self._logs / f"{arguments[0]}-{self.run_id}-{len(self._processes)}.log"
+        output_path = log_path.with_suffix(".out")
+        with log_path.open("wb") as log, output_path.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", *arguments],
+                [sys.executable, "-m", *module, *arguments],
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=output,
                 stderr=log,
             )
+        process.role = arguments[0]  # type: ignore[attr-defined]
         process.log_path = log_path  # type: ignore[attr-defined]
+        process.output_path = output_path  # type: ignore[attr-defined]
         self._processes.append(process)
         return process
 

@@ -9,8 +9,9 @@ from confluent_kafka import Producer
 
 from pipeline import batch_consumer
 from pipeline.batch_consumer import BatchConsumer
-from pipeline.errors import ServiceUnavailable
+from pipeline.errors import ServiceUnavailable, TopicMismatch
 from pipeline.lag import Position
+from pipeline.topic_admin import create_topics, delete_topics, load_topic_specs
 from tests.deployment import eventually
 
 
@@ -78,7 +79,7 @@ class Reader:
             on_records=self.take,
             on_lost=self.lose,
         )
-        consumer.start()
+        self.consuming_task = consumer.start()
         try:
             yield consumer
         finally:
@@ -149,3 +150,19 @@ async def test_position_passes_transaction_markers_which_are_no_records(deploy):
         producer.commit_transaction(30)
         await eventually("it is past the marker", lambda: consumer.positions()[0].reached == 2)
     assert reader.offsets == [0]
+
+
+@pytest.mark.services
+async def test_topic_made_anew_under_it_ends_the_consumer_before_anything_of_it_is_handed_on(deploy):
+    settings = (await deploy(partitions=1)).settings
+    produce(settings, b"x", b"y")
+    reader = Reader()
+    async with reader.consuming(settings):
+        await eventually("both are read", lambda: reader.offsets == [0, 1])
+        specs = {"batches": load_topic_specs(names=settings.topic_names, partitions=1)["batches"]}
+        delete_topics(settings.client_config(), specs)
+        create_topics(settings.client_config(), specs)
+        produce(settings, b"new")
+        with pytest.raises(TopicMismatch, match="was made anew"):
+            await asyncio.wait_for(reader.consuming_task, 60)
+    assert reader.offsets == [0, 1]

@@ -1,0 +1,169 @@
+"""A seeded load of reports, and the oracle: what Kafka accepted, and so what the table must hold."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+from confluent_kafka import Producer
+
+from pipeline.report import Entry, Report, encode_report
+
+KEYS = ("cpu", "disk", "load", "memory")
+Table = dict[tuple[str, str], tuple[str, str, datetime]]
+
+
+class Accepted(NamedTuple):
+    """A report that Kafka acknowledged."""
+
+    partition: int
+    offset: int
+    report: Report
+    collected_at: datetime
+
+
+@dataclass(frozen=True)
+class LoadShape:
+    """How much is reported, and how awkwardly; bounded by the scenario's length.
+
+    `late`: this share of reports is up to 5 s older than the one before. `tied`: this share has the time of the one
+    before, to the microsecond. `stuck`: this share of agents has a clock that stands still. Of the other agents one
+    falls silent, and a new one begins, every `reports_an_agent` reports: so at any moment there are last values that no
+    later report would make good if they were lost.
+    """
+
+    agents: int = 120
+    reports_a_second: float = 300.0
+    late: float = 0.15
+    tied: float = 0.2
+    stuck: float = 0.2
+    reports_an_agent: int = 4
+
+
+class Load:
+    """Reports at a steady pace from a thread of its own; `pause` returns when all is acknowledged.
+
+    `lasting` are the agents whose clocks stand still; they report to the end.
+
+    Every value begins with the number of its report, "17 ..." of the 17th: of two values of a pair the later arrival
+    has the higher one. So the table, its audit and listeners tell an old value by itself, ties included.
+    """
+
+    def __init__(self, client_config: dict[str, Any], topic: str, shape: LoadShape, seed: int) -> None:
+        # Metadata anew each second: a partition that was added, or a topic made anew, has to be used while we look.
+        self._config = {
+            **client_config,
+            "log_level": 0,  # that Kafka is away is no news here
+            "enable.idempotence": True,
+            "linger.ms": 5,
+            "message.timeout.ms": 0,
+            "partitioner": "murmur2",
+            "topic.metadata.refresh.interval.ms": 1000,
+        }
+        self._topic = topic
+        self._shape = shape
+        self._dice = random.Random(seed)
+        self._agents = [self._new_agent() for _ in range(shape.agents)]
+        self.lasting = set(self._agents[: round(shape.stuck * shape.agents)])
+        self._times: dict[uuid.UUID, datetime] = {}
+        self._accepted: dict[int, Accepted] = {}
+        self._is_ending = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.produced = 0
+        self.ties = True  # off while an agent's reports may come from two partitions: their order is by time alone
+        self.refused: list[str] = []
+
+    @property
+    def accepted(self) -> int:
+        """How many reports Kafka has acknowledged."""
+        return len(self._accepted)
+
+    def start(self) -> None:
+        self._is_ending.clear()
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+        self._thread.start()
+
+    def pause(self, timeout_seconds: float = 90.0) -> None:
+        """Stop reporting and wait for the last acknowledgement."""
+        self._is_ending.set()
+        if self._thread is not None:
+            self._thread.join(timeout_seconds)
+            assert not self._thread.is_alive(), "reports were not acknowledged: is Kafka still away?"
+            self._thread = None
+
+    def forget(self, deleted: dict[int, tuple[int, int]]) -> int:
+        """Note that Kafka deleted records before they were read; by partition [first, end). Return their number."""
+        gone = []
+        for number, accepted in self._accepted.items():
+            first, end = deleted.get(accepted.partition, (0, 0))
+            if first <= accepted.offset < end:
+                gone.append(number)
+        for number in gone:
+            del self._accepted[number]
+        return len(gone)
+
+    def expected(self) -> Table:
+        """The newest accepted entry of each pair by the pipeline's rule: collected_at, ties by arrival."""
+        newest: Table = {}
+        for _, accepted in sorted(self._accepted.items()):
+            for entry in accepted.report.entries:
+                pair = (accepted.report.agent_id, entry.key)
+                held = newest.get(pair)
+                if held is None or accepted.collected_at >= held[2]:
+                    newest[pair] = (entry.value, entry.error, accepted.collected_at)
+        return newest
+
+    def _run(self) -> None:
+        producer = Producer(self._config)
+        started, sent = time.monotonic(), 0
+        while not self._is_ending.is_set():
+            due = started + sent / self._shape.reports_a_second
+            producer.poll(max(0.0, min(0.05, due - time.monotonic())))
+            if time.monotonic() >= due:
+                self._report(producer)
+                sent += 1
+        while producer.flush(1.0):
+            pass
+
+    def _report(self, producer: Producer) -> None:
+        self.produced += 1
+        if self.produced % self._shape.reports_an_agent == 0:
+            self._agents.append(self._new_agent())
+            del self._agents[len(self.lasting)]
+        number, agent_id = self.produced, self._dice.choice(self._agents)
+        collected_at = self._moment(agent_id)
+        keys = self._dice.sample(KEYS, self._dice.randint(1, len(KEYS)))
+        error = "" if self._dice.random() > 0.05 else "timed out"
+        entries = [Entry(key, f"{number} {self._dice.random():.6f}", error) for key in keys]
+        report = Report(str(agent_id), entries, collected_at)
+
+        def delivered(problem: Any, message: Any) -> None:
+            if problem is None:
+                self._accepted[number] = Accepted(message.partition(), message.offset(), report, collected_at)
+            else:
+                self.refused.append(problem.str())
+
+        producer.produce(self._topic, encode_report(report), str(agent_id), on_delivery=delivered)
+
+    def _new_agent(self) -> uuid.UUID:
+        return uuid.UUID(int=self._dice.getrandbits(128), version=4)
+
+    def _moment(self, agent_id: uuid.UUID) -> datetime:
+        """Never two reports of an agent with equal times unless `ties` is on."""
+        now, before, luck = datetime.now(UTC), self._times.get(agent_id), self._dice.random()
+        back = timedelta(microseconds=self._dice.randrange(1, 5_000_000))
+        if before is None:
+            moment = now
+        elif self.ties and (agent_id in self.lasting or luck < self._shape.tied):
+            return before
+        elif luck > 1 - self._shape.late:
+            return before - back
+        else:
+            moment = max(now, before + timedelta(microseconds=1))
+        self._times[agent_id] = moment
+        return moment
