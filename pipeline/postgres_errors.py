@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError, PipelineError, RowRejected, SchemaMisma
 # What a SQLSTATE's class, its first two characters, asks for. Anything else counts as an outage: holding a batch back
 # loses nothing, a dead letter might.
 _DATA_ERRORS: Final = ("21", "22", "23")
+_LOGIN_ERRORS: Final = ("28", "3D")
 _CONFIG_ERRORS: Final = ("0A", "28", "3D", "3F", "42")
 
 
@@ -32,7 +33,7 @@ async def translated_errors(doing: str, url_setting: str = "DATABASE_URL") -> As
     try:
         yield
     except asyncpg.PostgresError as error:
-        raise _translate(error, doing) from error
+        raise _translate(error, doing, url_setting) from error
     except ssl.SSLCertVerificationError as error:
         complaint = certificate_complaint(error, ca_setting=f"{url_setting}?sslrootcert=FILE")
         raise ServiceUnavailable(f"Postgres can't be trusted: {complaint}") from error
@@ -43,7 +44,7 @@ async def translated_errors(doing: str, url_setting: str = "DATABASE_URL") -> As
         ) from error
 
 
-def _translate(error: asyncpg.PostgresError, doing: str) -> PipelineError:
+def _translate(error: asyncpg.PostgresError, doing: str, url_setting: str) -> PipelineError:
     state = error.sqlstate or ""
     said = f"{str(error).splitlines()[0]} (SQLSTATE {state})"
     if state.startswith(_DATA_ERRORS):
@@ -51,5 +52,6 @@ def _translate(error: asyncpg.PostgresError, doing: str) -> PipelineError:
     if state == "42P01" or state == "42703":
         return SchemaMismatch(f"{said}: run `agent-metadata db migrate`")
     if state.startswith(_CONFIG_ERRORS):
-        return ConfigError(f"Postgres refused {doing}: {said}")
+        advice = f"; check user, password and database in {url_setting}" if state.startswith(_LOGIN_ERRORS) else ""
+        return ConfigError(f"Postgres refused {doing}: {said}{advice}")
     return ServiceUnavailable(f"Postgres is unavailable while {doing}: {said}")

@@ -314,11 +314,15 @@ async def connected(settings: Settings) -> AsyncIterator[Any]:
         ServiceUnavailable, ConfigError: it can't be reached, or refuses us.
     """
     connection = await connect(settings)
+    transaction = connection.transaction()
     try:
-        async with translated_errors("answering a command"), connection.transaction():
-            yield connection
+        async with translated_errors("beginning"):
+            await transaction.start()
+        yield connection
+        async with translated_errors("committing"):
+            await transaction.commit()
     finally:
-        await connection.close()
+        await connection.close()  # which undoes what is not committed
 
 
 async def connect(settings: Settings, *, to_listen: bool = False) -> Any:

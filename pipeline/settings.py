@@ -26,6 +26,10 @@ SHUTDOWN_SECONDS: Final = 15.0
 # Source: Kafka's org.apache.kafka.common.internals.Topic.
 _TOPIC_NAME: Final = r"^[a-zA-Z0-9._-]{1,249}$"
 _ORIGINS: Final = r"^(https?://[^/,\s]+(,\s*https?://[^/,\s]+)*)?$"
+_IN_WORDS: Final = {
+    _TOPIC_NAME: "must be 1 to 249 of letters, digits, '.', '_' and '-'",
+    _ORIGINS: "must be origins such as https://example.org, comma separated",
+}
 
 
 class Settings(BaseSettings):
@@ -286,4 +290,19 @@ def _complaint(item: Any) -> str:
         return f"{name} is no setting{_nearest(name, Settings.model_fields)}"
     variable = _variable(name) if name in Settings.model_fields else name
     shown = "" if re.search("url|password|secret|serve_token", name.lower()) else f"={item['input']!r}"
+    if item["type"] != "value_error":
+        problem = _allowed(name) or problem
     return f"{variable}{shown}: {problem[0].lower()}{problem[1:]}"
+
+
+def _allowed(name: str) -> str | None:
+    """Say what a setting allows where pydantic would say a part of it, or a pattern; None where it says it well."""
+    field = Settings.model_fields[name]
+    limits = {limit: getattr(rule, limit) for rule in field.metadata for limit in ("ge", "le") if hasattr(rule, limit)}
+    if limits:
+        return (
+            f"must be a {'whole ' if field.annotation is int else ''}number from {limits['ge']:g} to {limits['le']:.7g}"
+        )
+    if field.annotation is bool:
+        return "must be true or false"
+    return next((_IN_WORDS[rule.pattern] for rule in field.metadata if getattr(rule, "pattern", None)), None)

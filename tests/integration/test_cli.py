@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -215,6 +216,21 @@ async def test_sink_on_coders_own_table_starts_only_where_undeclared_pairs_are_i
     said = complaint(done)
     assert "takes no new rows, for display_name, script, timeout, interval can't be null" in said
     assert "set AGENT_METADATA_UNDECLARED=ignore, or give them defaults" in said
+
+
+@pytest.mark.parametrize(("part", "said"), [("password", "28P01"), ("database", "3D000")])
+def test_sink_that_postgres_does_not_let_in_says_what_to_check(agent_metadata, topics, environment, part, said):
+    url = urlsplit(environment["DATABASE_URL"])
+    if part == "password":
+        url = url._replace(netloc=f"{url.username}:wrong-pony@{url.hostname}:{url.port}")
+    else:
+        url = url._replace(path="/nowhere")
+    done = agent_metadata("sink", DATABASE_URL=url.geturl())
+    assert (done.returncode, done.stdout) == (2, "")
+    line = complaint(done)
+    assert said in line
+    assert line.endswith("; check user, password and database in DATABASE_URL")
+    assert "wrong-pony" not in line
 
 
 class Running:

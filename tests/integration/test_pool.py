@@ -92,10 +92,11 @@ async def test_two_sinks_write_through_one_pool(pool, bootstrap_servers, databas
     assert "prepared statement" not in logged
 
 
-@pytest.mark.parametrize("in_turn", ["0", "1"])
-def test_watch_through_a_pool_by_transaction_is_refused_with_advice(pool, in_turn):
+@pytest.mark.parametrize(("command", "in_turn"), [("watch", "0"), ("watch", "1"), ("serve", "0")])
+def test_listening_through_a_pool_by_transaction_is_refused_with_advice(pool, database_url, command, in_turn):
+    assert agent_metadata("db", "migrate", DATABASE_URL=database_url).returncode == 0
     url = pool("transaction", server_round_robin=in_turn)
-    done = agent_metadata("watch", DATABASE_URL=url)
+    done = agent_metadata(command, DATABASE_URL=url)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("agent-metadata: DATABASE_URL leads through a pool that lends connections by transaction")
