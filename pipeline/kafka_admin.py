@@ -156,7 +156,7 @@ class KafkaAdmin:
         """Read the earliest offset and the end of each partition, from the brokers that lead them."""
         where = [TopicPartition(topic, partition) for partition in partitions]
         earliest, end = (
-            self._client.list_offsets(dict.fromkeys(where, spec), request_timeout=timeout_s)
+            self._asked(partial(self._client.list_offsets, dict.fromkeys(where, spec), request_timeout=timeout_s))
             for spec in (OffsetSpec.earliest(), OffsetSpec.latest())
         )
         return {

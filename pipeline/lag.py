@@ -10,8 +10,8 @@ from pipeline.clock import Clock
 from pipeline.errors import PipelineError
 
 LOOK_SECONDS: Final = 2.0
-# How long Kafka may take to say its offsets; it does so within milliseconds.
-ANSWER_SECONDS: Final = 5.0
+# How long Kafka may take to say its offsets; it does so within milliseconds, where a processor is free.
+ANSWER_SECONDS: Final = 10.0
 
 
 class Position(NamedTuple):
@@ -76,7 +76,7 @@ class LagWatch:
             await self._clock.sleep_until(self._clock.now() + LOOK_SECONDS)
 
     async def look(self) -> None:
-        """Look once; waits at most 5 seconds for Kafka."""
+        """Look once; waits at most 10 seconds for Kafka."""
         asked_at = self._clock.now()
         # A process that was stopped for an hour has not seen its consumer stand still for an hour.
         elapsed = min(asked_at - self._looked_at, LOOK_SECONDS + ANSWER_SECONDS)

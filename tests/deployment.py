@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import asyncpg
 
@@ -37,6 +39,18 @@ async def eventually(what: str, holds: Callable[[], Any], seconds: float = DEADL
             return result
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         await asyncio.sleep(0.02)
+
+
+def ask(port: int, path: str) -> tuple[int, str]:
+    """GET a path of a role's own port; return status and body, (0, "") where nobody answers."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+            return response.status, response.read().decode()
+    except HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
 
 
 class Deployment:

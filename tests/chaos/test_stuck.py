@@ -12,10 +12,9 @@ import pytest
 
 from pipeline.local import PackagedKafka
 from pipeline.local.process import free_port
-from tests.deployment import DEADLINE_SECONDS, Deployment, eventually
-from tests.integration.test_health import ask
+from tests.deployment import DEADLINE_SECONDS, Deployment, ask, eventually
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.timeout(400)]  # they wait for what takes its time on purpose
 
 STUCK_SECONDS = 15  # the least that the setting takes
 
@@ -62,6 +61,7 @@ def report(pipeline, number=0):
     with pipeline.producer() as producer:
         for agent in range(1, 50):
             assert producer.add(uuid.UUID(int=agent), ["k"], [f"{number}"], [""], datetime.now(UTC))
+        assert producer.flush(DEADLINE_SECONDS) == 0
 
 
 @pytest.mark.parametrize(("role", "program", "why"), FAULTS, ids=["worker", "worker's event loop", "sink"])

@@ -2,8 +2,6 @@
 
 import uuid
 from datetime import UTC, datetime, timedelta
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import pytest
 from confluent_kafka import Producer
@@ -11,21 +9,10 @@ from confluent_kafka import Producer
 from pipeline.local import PackagedPostgres
 from pipeline.local.process import free_port
 from pipeline.report import Entry, Report, encode_report
-from tests.deployment import Deployment, eventually
+from tests.deployment import Deployment, ask, eventually
 from tests.prometheus_rules import breaches, families
 
 pytestmark = pytest.mark.services
-
-
-def ask(port, path):
-    try:
-        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
-            return response.status, response.read().decode()
-    except HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-    except OSError:
-        return 0, ""
 
 
 def samples(port):
