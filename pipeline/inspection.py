@@ -58,7 +58,7 @@ async def gather_status(
     async with translated_errors("reading progress"):
         rows = await connection.fetch(statement("status_progress"), topics["batches"].topic_id)
     applied = {row["partition"]: row for row in rows}
-    groups = await asyncio.to_thread(_ask_kafka, settings, topics)
+    groups = await _ask_kafka(settings, topics)
     worker = await _lags(settings, topics["events"], groups.committed, groups.events)
     next_offsets = {number: row["next_offset"] for number, row in applied.items()}
     sink = await _lags(settings, topics["batches"], next_offsets, groups.batches)
@@ -90,18 +90,18 @@ def group_positions(settings: Settings, events: TopicFacts) -> dict[int, int]:
         return admin.committed(settings.worker_group, events.name, events.partitions, _ANSWER_SECONDS)
 
 
-def _ask_kafka(settings: Settings, topics: Mapping[str, TopicFacts]) -> _Groups:
+async def _ask_kafka(settings: Settings, topics: Mapping[str, TopicFacts]) -> _Groups:
+    # Positions before ends, so that what comes meanwhile counts as lag and never the other way round.
+    committed = await asyncio.to_thread(group_positions, settings, topics["events"])
     with KafkaAdmin(settings.client_config()) as admin:
-        # Positions before ends, so that what comes meanwhile counts as lag and never the other way round.
-        partitions = topics["events"].partitions
-        committed = admin.committed(settings.worker_group, topics["events"].name, partitions, _ANSWER_SECONDS)
-        events, batches, dead_letters = (
-            admin.offsets(topics[role].name, range(topics[role].partitions), _ANSWER_SECONDS)
+        events, batches, dead_letters = [
+            await admin.offsets(topics[role].name, range(topics[role].partitions), _ANSWER_SECONDS)
             for role in ("events", "batches", "dead_letter")
-        )
-        workers, sinks = (
-            admin.members(group, _ANSWER_SECONDS) for group in (settings.worker_group, settings.sink_group)
-        )
+        ]
+        workers, sinks = [
+            await asyncio.to_thread(admin.members, group, _ANSWER_SECONDS)
+            for group in (settings.worker_group, settings.sink_group)
+        ]
     return _Groups(events, batches, dead_letters, committed, workers, sinks)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,7 +56,8 @@ class Cluster(NamedTuple):
 class KafkaAdmin:
     """An AdminClient for one visit; it keeps librdkafka's last complaint for the error message.
 
-    All methods block, at most for the `timeout_s` given, and raise ServiceUnavailable if Kafka does not answer by then.
+    All methods but `offsets` block, at most for the `timeout_s` given; all raise ServiceUnavailable if Kafka does not
+    answer by then.
     """
 
     def __init__(self, client_config: Mapping[str, Any]) -> None:
@@ -152,17 +154,24 @@ class KafkaAdmin:
         ids = {name: str(self._asked(future.result).topic_id) for name, future in futures.items()}
         return {name: topic_id_by_name(name) if found == _NO_TOPIC_ID else found for name, found in ids.items()}
 
-    def offsets(self, topic: str, partitions: Iterable[int], timeout_s: float) -> dict[int, tuple[int, int]]:
-        """Read the earliest offset and the end of each partition, from the brokers that lead them."""
+    async def offsets(self, topic: str, partitions: Iterable[int], timeout_s: float) -> dict[int, tuple[int, int]]:
+        """Read the earliest offset and the end of each partition, from the brokers that lead them.
+
+        Awaited, not blocking: a thread that waits for Kafka would hold up the end of a process.
+        """
         where = [TopicPartition(topic, partition) for partition in partitions]
-        earliest, end = (
+        answers = [
             self._asked(partial(self._client.list_offsets, dict.fromkeys(where, spec), request_timeout=timeout_s))
             for spec in (OffsetSpec.earliest(), OffsetSpec.latest())
-        )
-        return {
-            item.partition: (self._asked(earliest[item].result).offset, self._asked(end[item].result).offset)
-            for item in where
-        }
+        ]
+        try:
+            earliest, ends = [
+                {item.partition: (await asyncio.wrap_future(future)).offset for item, future in answer.items()}
+                for answer in answers
+            ]
+        except KafkaException as error:
+            raise self._unavailable(error) from error
+        return {partition: (earliest[partition], end) for partition, end in ends.items()}
 
     def committed(self, group: str, topic: str, partitions: int, timeout_s: float) -> dict[int, int]:
         """Read a group's committed offsets; a partition without one is missing."""

@@ -207,7 +207,7 @@ def _watch_lag(
     admin = KafkaAdmin(settings.client_config())
 
     async def offsets(partitions: Sequence[int]) -> dict[int, tuple[int, int]]:
-        return await asyncio.to_thread(admin.offsets, topic, partitions, ANSWER_SECONDS)
+        return await admin.offsets(topic, partitions, ANSWER_SECONDS)
 
     watch = LagWatch(
         positions=positions,
