@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from pipeline.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.errors import DecodeError, ServiceUnavailable
 from pipeline.metrics import ListenerMetrics
+from pipeline.postgres_errors import NO_ANSWER
 from pipeline.report import timestamp_us
 
 _FIRST_BACKOFF_SECONDS: Final = 0.1
@@ -106,7 +107,7 @@ class MetadataListener:
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 await connection.add_listener(NOTIFY_CHANNEL, self._on_notify)
-        except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
+        except (asyncpg.PostgresError, *NO_ANSWER) as error:
             connection.terminate()
             raise ServiceUnavailable(f"LISTEN failed: {error}") from error
         return connection

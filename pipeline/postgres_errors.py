@@ -17,6 +17,8 @@ from pipeline.errors import ConfigError, PipelineError, RowRejected, SchemaMisma
 _DATA_ERRORS: Final = ("21", "22", "23")
 _LOGIN_ERRORS: Final = ("28", "3D")
 _CONFIG_ERRORS: Final = ("0A", "28", "3D", "3F", "42")
+# InternalClientError is what asyncpg says of a connection that is cut right between two of its messages.
+NO_ANSWER: Final = (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 @asynccontextmanager
@@ -37,7 +39,7 @@ async def translated_errors(doing: str, url_setting: str = "DATABASE_URL") -> As
     except ssl.SSLCertVerificationError as error:
         complaint = certificate_complaint(error, ca_setting=f"{url_setting}?sslrootcert=FILE")
         raise ServiceUnavailable(f"Postgres can't be trusted: {complaint}") from error
-    except (OSError, TimeoutError, asyncpg.InterfaceError) as error:
+    except NO_ANSWER as error:
         detail = str(error) or type(error).__name__
         raise ServiceUnavailable(
             f"Postgres did not answer while {doing}: {detail}; is it up, and {url_setting} right?"

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from confluent_kafka.admin import NewPartitions
 
 from pipeline.topic_admin import create_topics, load_topic_specs
 from tests.chaos.harness import START_SECONDS, Action, Member, Run, Services
+from tests.chaos.load import POISON
 from tests.deployment import eventually
 
 SINKS = "application_name = 'agent-metadata-sink' and datname = current_database()"
@@ -237,13 +238,13 @@ def add_partitions(count: int) -> Action:
     return act
 
 
-def produce(role: str, values: Callable[[Run], list[tuple[bytes, bytes]]], partition: int = -1) -> Action:
+def produce(role: str, records: Sequence[tuple[bytes, bytes]], partition: int = -1) -> Action:
     """Produce these (key, value) to a topic, by role, and wait for their acknowledgement."""
 
     async def act(run: Run) -> None:
         settings = run.deployment.settings
         producer = Producer({**settings.client_config(), "partitioner": "murmur2", "linger.ms": 5})
-        for key, value in values(run):
+        for key, value in records:
             where = {} if partition < 0 else {"partition": partition}
             producer.produce(settings.topic_names[role], value, key, **where)
             producer.poll(0)
@@ -390,11 +391,39 @@ async def _command(*words: str) -> None:
     await asyncio.to_thread(subprocess.run, words, check=True, capture_output=True)
 
 
-def refuse_values_like(pattern: str) -> Action:
-    """Have Postgres refuse what the pipeline lets pass."""
+async def refuse_poison(run: Run) -> None:
+    """Have Postgres refuse a value that the pipeline lets pass."""
+    async with run.connection() as connection:
+        await connection.execute(f"alter table workspace_agent_metadata add check (value not like '% {POISON}')")
+
+
+async def cut_the_frozen_sink(run: Run) -> None:
+    """End the frozen sink's sessions, as Postgres does once the host of a client does not answer; its heir goes on."""
+    async with run.connection() as connection:
+        await connection.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity "
+            f"where {SINKS} and state like 'idle in transaction%'"
+        )
+
+
+def bad_reports(count: int) -> list[tuple[bytes, bytes]]:
+    """Records that are no reports, in several ways."""
+    kinds = (b"{", b"\xff\xfe", b'{"agent_id":"agent-7","entries":[{"key":"k"}]}', b"[]")
+    return [(b"bad %d" % number, kinds[number % len(kinds)]) for number in range(count)]
+
+
+def bad_batches(count: int) -> list[tuple[bytes, bytes]]:
+    """Records that are no batches, in several ways."""
+    kinds = (b"{", b"\xff\xfe", b'{"version":2}')
+    return [(b"", kinds[number % len(kinds)]) for number in range(count)]
+
+
+def report_of_new_agents(count: int, bad: int) -> Action:
+    """Report once of each of so many agents; so many of the values are POISON, which `refuse_poison` refuses."""
 
     async def act(run: Run) -> None:
-        async with run.connection() as connection:
-            await connection.execute(f"alter table workspace_agent_metadata add check (value not like '{pattern}')")
+        await stop_the_load(run)
+        await asyncio.to_thread(run.load.report_of_new_agents, count, bad)
+        await start_the_load(run)
 
     return act

@@ -14,6 +14,7 @@ from confluent_kafka import Producer
 
 from pipeline.report import Entry, Report, encode_report
 
+POISON = "poison"  # a value that ends so is accepted, and is not expected in the table
 KEYS = ("cpu", "disk", "load", "memory")
 Table = dict[tuple[str, str], tuple[str, str, datetime]]
 
@@ -96,6 +97,18 @@ class Load:
             assert not self._thread.is_alive(), "reports were not acknowledged: is Kafka still away?"
             self._thread = None
 
+    def report_of_new_agents(self, count: int, bad: int) -> None:
+        """While paused, report once of each of so many agents; so many of the values are POISON."""
+        producer = Producer(self._config)
+        poisoned = set(self._dice.sample(range(count), bad))
+        for index in range(count):
+            self.produced += 1
+            value = POISON if index in poisoned else "fine"
+            self._send(producer, self._new_agent(), ["cpu"], datetime.now(UTC), value)
+            producer.poll(0)
+        while producer.flush(1.0):
+            pass
+
     def forget(self, deleted: dict[int, tuple[int, int]]) -> int:
         """Note that Kafka deleted records before they were read; by partition [first, end). Return their number."""
         gone = []
@@ -135,18 +148,20 @@ class Load:
         if self.produced % self._shape.reports_an_agent == 0:
             self._agents.append(self._new_agent())
             del self._agents[len(self.lasting)]
-        number, agent_id = self.produced, self._dice.choice(self._agents)
-        collected_at = self._moment(agent_id)
+        agent_id = self._dice.choice(self._agents)
         keys = self._dice.sample(KEYS, self._dice.randint(1, len(KEYS)))
+        self._send(producer, agent_id, keys, self._moment(agent_id), f"{self._dice.random():.6f}")
+
+    def _send(self, producer: Producer, agent_id: uuid.UUID, keys: list[str], moment: datetime, value: str) -> None:
+        number = self.produced
         error = "" if self._dice.random() > 0.05 else "timed out"
-        entries = [Entry(key, f"{number} {self._dice.random():.6f}", error) for key in keys]
-        report = Report(str(agent_id), entries, collected_at)
+        report = Report(str(agent_id), [Entry(key, f"{number} {value}", error) for key in keys], moment)
 
         def delivered(problem: Any, message: Any) -> None:
-            if problem is None:
-                self._accepted[number] = Accepted(message.partition(), message.offset(), report, collected_at)
-            else:
+            if problem is not None:
                 self.refused.append(problem.str())
+            elif value != POISON:
+                self._accepted[number] = Accepted(message.partition(), message.offset(), report, moment)
 
         producer.produce(self._topic, encode_report(report), str(agent_id), on_delivery=delivered)
 
