@@ -17,7 +17,7 @@ from pipeline.postgres_errors import translated_errors
 from pipeline.range_reader import OffsetRange, RangeReader
 from pipeline.settings import Settings
 from pipeline.status import PartitionStatus, Status, TableStatus
-from pipeline.store import statement
+from pipeline.store import epoch_is_over, statement
 from pipeline.topic_admin import TopicFacts
 
 _ANSWER_SECONDS: Final = 10.0
@@ -57,6 +57,7 @@ async def gather_status(
     topics = await require_all_topics(settings)
     async with translated_errors("reading progress"):
         rows = await connection.fetch(statement("status_progress"), topics["batches"].topic_id)
+        epoch = await connection.fetchrow(statement("read_epoch"))
     applied = {row["partition"]: row for row in rows}
     groups = await _ask_kafka(settings, topics)
     worker = await _lags(settings, topics["events"], groups.committed, groups.events)
@@ -78,6 +79,7 @@ async def gather_status(
         ],
         dead_letters=sum(high - low for low, high in groups.dead_letters.values()),
         table=await _table(connection, stale_after_seconds),
+        is_table_emptied=epoch_is_over(epoch),
         outage_seconds=max(
             (value for name, _, value in samples if name == "agent_metadata_outage_seconds"), default=None
         ),

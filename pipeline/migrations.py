@@ -24,7 +24,7 @@ create table if not exists agent_metadata_migrations (
 )
 """
 # What the statements of sql/ need.
-_TABLES: Final = ("workspace_agent_metadata", "agent_metadata_progress")
+_TABLES: Final = ("workspace_agent_metadata", "agent_metadata_progress", "agent_metadata_epoch")
 # Coder's own table belongs to its agents; the one that our migration makes has no foreign key.
 _PERSISTENCE: Final = """
 select relpersistence = 'u' as is_unlogged,
@@ -40,6 +40,10 @@ where attrelid = 'workspace_agent_metadata'::regclass and attnum > 0 and not att
     and attnotnull and not atthasdef and attidentity = '' and typdefault is null
     and attname <> all(array['workspace_agent_id', 'key', 'value', 'error', 'collected_at'])
 order by attnum
+"""
+_FILENODE: Final = "select pg_relation_filenode('workspace_agent_metadata')"
+_SAME_EPOCH: Final = """
+update agent_metadata_epoch set filenode = pg_relation_filenode('workspace_agent_metadata') where filenode = $1
 """
 
 _log = structlog.get_logger(__name__)
@@ -146,7 +150,11 @@ async def _set_persistence(connection: Any, *, unlogged: bool) -> None:
             "table_is_unlogged", table="workspace_agent_metadata", reason="coder made it so; a crash empties it"
         )
         return
-    await connection.execute(f"alter table workspace_agent_metadata set {'unlogged' if unlogged else 'logged'}")
+    async with connection.transaction():
+        before = await connection.fetchval(_FILENODE)
+        await connection.execute(f"alter table workspace_agent_metadata set {'unlogged' if unlogged else 'logged'}")
+        # Rewritten, and not emptied: no sink needs to refill it.
+        await connection.execute(_SAME_EPOCH, before)
 
 
 def _migration_files() -> dict[int, tuple[str, str]]:

@@ -18,14 +18,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pipeline.console import command_settings, errors, run_job
-from pipeline.errors import ConfigError, DecodeError
+from pipeline.errors import ConfigError, DecodeError, ServiceUnavailable
 from pipeline.inspection import gather_status
 from pipeline.migrations import require_schema
 from pipeline.moments import parse_moment
-from pipeline.operations import range_reader, replay_store, require_all_topics, wire_replay
+from pipeline.operations import range_reader, refill, replay_store, require_all_topics, wire_replay
 from pipeline.processes import tune_garbage_collector
 from pipeline.range_reader import RangeReader
-from pipeline.replay import Filter, Interrupted, Replay, ReplaySource
+from pipeline.replay import Filter, Interrupted, Replay, ReplaySource, Summary
 from pipeline.report import canonical_agent_id
 from pipeline.resume import Range, ReplayPlan, load_plan, save_plan
 from pipeline.roles import connected
@@ -253,6 +253,48 @@ def _canonical(agents: Sequence[str] | None, *, name: str = "--agent") -> frozen
 
 def _ms(moment: datetime | None) -> int | None:
     return None if moment is None else round(moment.timestamp() * 1000)
+
+
+@app.command(name="refill")
+def refill_table(as_json: JsonOption = False) -> None:
+    """Write all that the batches topic holds into the table again, as a sink does by itself after it was emptied.
+
+    No row moves back, and live writers go on; so it is safe at any time.
+    """
+    settings = command_settings()
+    os.nice(_NICENESS)
+    started = time.monotonic()
+    summary = run_job(_refill(settings))
+    if summary is None:
+        raise ServiceUnavailable(
+            "the table is being refilled by another process: wait for it, see `agent-metadata status`"
+        )
+    counts = msgspec.structs.asdict(summary)
+    seconds = round(time.monotonic() - started, 3)
+    _show({**counts, "already_newer": summary.already_newer, "seconds": seconds, "dry_run": False}, as_json=as_json)
+
+
+async def _refill(settings: Settings) -> Summary | None:
+    async with connected(settings) as connection:
+        await require_schema(connection)
+
+    def stop_on_signals(job: Replay) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, job.stop)
+        tune_garbage_collector()
+
+    with _progress() as bar:
+        task = bar.add_task("refilling", total=None)
+        try:
+            return await refill(
+                settings,
+                on_found=lambda records: bar.update(task, total=records),
+                on_read=lambda records: bar.advance(task, records),
+                on_start=stop_on_signals,
+            )
+        except Interrupted:
+            errors.print("interrupted; run it again to have the rest refilled", markup=False)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 @app.command()

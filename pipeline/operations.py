@@ -13,7 +13,7 @@ from pipeline.batch import Row
 from pipeline.clock import SystemClock
 from pipeline.errors import RowRejected
 from pipeline.range_reader import RangeReader
-from pipeline.replay import EVERYTHING, BatchesFold, EventsFold, Filter, Fold, Pace, Replay, ReplaySource
+from pipeline.replay import EVERYTHING, BatchesFold, EventsFold, Filter, Fold, Pace, Replay, ReplaySource, Summary
 from pipeline.settings import Settings
 from pipeline.store import Store
 from pipeline.topic_admin import TopicFacts, load_topic_specs, require_topics
@@ -48,11 +48,11 @@ async def range_reader(settings: Settings, topic: TopicFacts) -> AsyncIterator[R
 
 
 @contextlib.asynccontextmanager
-async def replay_store(settings: Settings, *, notify: bool) -> AsyncIterator[Store]:
-    """Open a store of one connection, so that a replay doesn't take what the live sink needs."""
+async def replay_store(settings: Settings, *, notify: bool, connections: int = 1) -> AsyncIterator[Store]:
+    """Open a store of its own, so that a replay doesn't take the connections that the live sink needs."""
     store = await Store.connect(
         settings.database_url.get_secret_value(),
-        connections=1,
+        connections=connections,
         undeclared=settings.undeclared,
         notify=notify,
         application_name="agent-metadata-replay",
@@ -84,7 +84,9 @@ def wire_replay(
 
     async def log_refused(row: Row, error: RowRejected) -> Awaitable[None]:
         _log.warning("row_rejected", agent_id=row.agent_id, key=row.key, sqlstate=error.sqlstate)
-        return asyncio.sleep(0)  # no dead letter: the topic has it
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)  # no dead letter: the topic has it
+        return done
 
     return Replay(
         reader,
@@ -94,3 +96,36 @@ def wire_replay(
         only=only,
         on_read=on_read,
     )
+
+
+async def refill(
+    settings: Settings,
+    *,
+    on_found: Callable[[int], None] = nothing_happened,
+    on_read: Callable[[int], None] = nothing_happened,
+    on_start: Callable[[Replay], None] = lambda _: None,
+) -> Summary | None:
+    """Replay all that the batches topic holds, and note that the table is whole; None: another process is at it.
+
+    `on_found(records)` is told how many there are to read, `on_start(replay)` what to stop.
+
+    Raises:
+        TopicMismatch, ServiceUnavailable, ConfigError: Kafka or Postgres is away, or refuses us; nothing was noted.
+        Interrupted: it was stopped; nothing was noted.
+    """
+    topic = (await require_all_topics(settings))["batches"]
+    summary = Summary()
+    async with (
+        # One connection holds the lock, for as long as Postgres does not crash.
+        replay_store(settings, notify=settings.notify == "on", connections=2) as store,
+        range_reader(settings, topic) as reader,
+        store.refilling() as is_ours,
+    ):
+        if not is_ours:
+            return None
+        ranges = await asyncio.to_thread(reader.between, range(topic.partitions), None, None)
+        on_found(sum(item.end - item.start for item in ranges))
+        replay = wire_replay(settings, "batches", reader, store, on_read=on_read)
+        on_start(replay)
+        await replay.run(ranges, summary, nothing_happened)
+    return summary

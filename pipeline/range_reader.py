@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -38,8 +39,8 @@ class OffsetRange(NamedTuple):
 class RangeReader:
     """Reads one range after another; assigns itself what it reads, joins no group and commits nothing.
 
-    All methods block, and are to be called by one thread at a time. They raise ServiceUnavailable if Kafka does not
-    answer, and ConfigError if it refuses us.
+    All methods block, and wait for each other. They raise ServiceUnavailable if Kafka does not answer, and ConfigError
+    if it refuses us.
     """
 
     def __init__(self, client_config: Mapping[str, Any], topic: str) -> None:
@@ -47,6 +48,7 @@ class RangeReader:
         self._range = OffsetRange(-1, 0, 0)
         self._next = 0
         self._heard_at = 0.0
+        self._lock = threading.Lock()  # who waited for a read may be cancelled and close the reader under it
         self._consumer = Consumer(
             {
                 **client_config,
@@ -63,7 +65,8 @@ class RangeReader:
 
     def close(self) -> None:
         """Let go of the connections."""
-        self._consumer.close()
+        with self._lock:
+            self._consumer.close()
 
     def between(self, partitions: Sequence[int], start_ms: int | None, end_ms: int | None) -> list[OffsetRange]:
         """Find the records that were appended in [start, end), in milliseconds since the Unix epoch.
@@ -112,7 +115,8 @@ class RangeReader:
         """Return the next records of the open range, in offset order; none if none came within 0.2 s."""
         if self.is_done:
             return []
-        messages = self._consumer.consume(min(limit, self._range.end - self._next), _READ_SECONDS)
+        with self._lock:
+            messages = self._consumer.consume(min(limit, self._range.end - self._next), _READ_SECONDS)
         records = []
         for message in messages:
             error = message.error()
@@ -143,7 +147,8 @@ class RangeReader:
 
     def _ask(self, question: Any) -> Any:
         try:
-            return question()
+            with self._lock:
+                return question()
         except KafkaException as error:
             reason = error.args[0]
             if reason.code() in _REFUSALS:

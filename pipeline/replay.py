@@ -111,7 +111,7 @@ class Consumed(NamedTuple):
 
     @property
     def timestamp_type(self) -> int:
-        """1 where it is the broker's clock."""
+        """1: the broker's clock; 0: the producer's, in a topic of CreateTime."""
         return 1 if self.message.timestamp()[0] == TIMESTAMP_LOG_APPEND_TIME else 0
 
     @property

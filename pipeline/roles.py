@@ -27,6 +27,7 @@ from pipeline.listener import MetadataListener
 from pipeline.live import LiveTable
 from pipeline.metrics import ConsumerMetrics, SinkMetrics, WorkerMetrics
 from pipeline.migrations import require_defaults, require_schema
+from pipeline.operations import refill
 from pipeline.pooling import leads_through_pool, shares_servers, statements_to_keep
 from pipeline.postgres_errors import translated_errors
 from pipeline.processes import tune_garbage_collector
@@ -35,6 +36,7 @@ from pipeline.report import Entry, Report, encode_report
 from pipeline.settings import SHUTDOWN_SECONDS, Settings
 from pipeline.sink import Sink
 from pipeline.store import CONNECT_TIMEOUT_SECONDS, PartitionId, Received, Store, read_rows
+from pipeline.table_watch import TableWatch
 from pipeline.topic_admin import TopicFacts, load_topic_specs, require_topics
 from pipeline.window import Rejected
 from pipeline.worker import Worker
@@ -148,22 +150,25 @@ async def run_sink(settings: Settings) -> None:
     batches = topics["batches"]
     metrics = SinkMetrics(registry, settings.metrics_prefix, settings.batches_topic)
     consumer, sink = wire_sink(settings, batches, store, publisher, metrics, fail)
-    watch = _watch_lag(settings, batches.name, sink.positions, lambda: consumer.is_held, metrics.consumer)
+    lag = _watch_lag(settings, batches.name, sink.positions, lambda: consumer.is_held, metrics.consumer)
+    table = TableWatch(store.is_emptied, lambda: refill(settings))
     postgres = Outage("Postgres")
     metrics.consumer.outage_seconds.labels("postgres").set_function(lambda: max(sink.held_seconds, postgres.seconds()))
     heartbeat = Heartbeat(settings.stuck_seconds)
 
     def why_not_live() -> str | None:
-        return heartbeat.why_stuck() or consumer.why_stuck(settings.stuck_seconds) or watch.why_stuck()
+        return heartbeat.why_stuck() or consumer.why_stuck(settings.stuck_seconds) or lag.why_stuck()
 
     serve_health(
         settings.metrics_port,
         registry,
         why_not_live=why_not_live,
-        why_not_ready=lambda: watch.why_away() or _why_sink_not_ready(consumer, sink) or postgres.why_away(),
+        why_not_ready=lambda: lag.why_away() or _why_sink_not_ready(consumer, sink, table) or postgres.why_away(),
     )
     exit_when_stuck(why_not_live)
-    watching = [asyncio.create_task(job) for job in (watch.run(), _ping(store, postgres))]
+    watching = [asyncio.create_task(job) for job in (lag.run(), table.run(), _ping(store, postgres))]
+    for job in watching:
+        job.add_done_callback(lambda task: None if task.cancelled() else fail(task.exception() or AssertionError()))
     _on_stop_signals(stop.set)
     tune_garbage_collector()
     consuming = consumer.start()
@@ -180,6 +185,7 @@ async def run_sink(settings: Settings) -> None:
         for task in (waiting, *watching):
             task.cancel()
         await consumer.close()
+        await asyncio.wait(watching)  # a refill under way lets go of its lock
         sink.lose(range(batches.partitions))
         await publisher.close(_LAST_FLUSH_SECONDS)
         await store.close()
@@ -190,7 +196,9 @@ async def run_sink(settings: Settings) -> None:
     _log.info("sink_stopped")
 
 
-def _why_sink_not_ready(consumer: BatchConsumer, sink: Sink) -> str | None:
+def _why_sink_not_ready(consumer: BatchConsumer, sink: Sink, table: TableWatch) -> str | None:
+    if table.is_emptied:
+        return "the table was emptied, and is being refilled"
     if not consumer.is_assigned:
         return "no partitions are assigned, or Postgres has not said where to begin"
     return "Postgres is away; batches are held back" if sink.is_holding else None

@@ -40,6 +40,7 @@ class Status(msgspec.Struct):
     dead_letters: int
     table: TableStatus | None
     outage_seconds: float | None = None
+    is_table_emptied: bool = False
 
     def problems(self, *, worker_may_lag_seconds: float, sink_may_lag_seconds: float) -> list[str]:
         """Say what is wrong, one line each; nothing, if the pipeline is healthy."""
@@ -56,4 +57,6 @@ class Status(msgspec.Struct):
             found.append(f"the sink is {sink:.0f} s behind: see its log, and whether Postgres is slow")
         if self.outage_seconds:
             found.append(f"a sink holds batches back for {self.outage_seconds:.0f} s: Postgres is away")
+        if self.is_table_emptied:
+            found.append("the table was emptied: a sink refills it by itself, or `agent-metadata refill` does")
         return found

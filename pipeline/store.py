@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final, Literal, NamedTuple
@@ -24,6 +25,8 @@ ROWS_PER_STATEMENT: Final = 1000
 COMMAND_TIMEOUT_SECONDS: Final = 60.0
 CONNECT_TIMEOUT_SECONDS: Final = 10.0
 CLOSE_TIMEOUT_SECONDS: Final = 2.0
+# Any number will do, as long as no other program of the database takes the same.
+_REFILL_LOCK: Final = 723_621_911
 
 # Sends a row to the dead-letter topic; what it returns is done when Kafka has it.
 Reject = Callable[[Row, RowRejected], Awaitable[Awaitable[None]]]
@@ -228,6 +231,40 @@ class Store:
             _count([await connection.fetchrow(statement("replay_count"), *columns, self._is_inserting)], applied)
         return applied
 
+    async def is_emptied(self) -> bool:
+        """Tell whether the table lost its rows, to a crash or to TRUNCATE, since it was last known to be whole.
+
+        A rewrite of the table, as by VACUUM FULL, looks the same.
+
+        Raises:
+            ServiceUnavailable: Postgres did not answer.
+        """
+        async with translated_errors("looking at the table"), self._pool.acquire() as connection:
+            table = await connection.fetchrow(statement("read_epoch"))
+            if table["whole_filenode"] is None and not table["is_unlogged"]:
+                # A crash empties the note, but not a LOGGED table.
+                await connection.execute(statement("save_epoch"), table["filenode"])
+        return epoch_is_over(table)
+
+    @asynccontextmanager
+    async def refilling(self) -> AsyncIterator[bool]:
+        """Note, when the block ends without an error, that the table is whole; false: another process is at it.
+
+        Guarantee: a crash or TRUNCATE within the block is not noted as whole: a crash cuts the block's own connection,
+        and the file is the one from before the block.
+
+        Raises:
+            ServiceUnavailable: Postgres did not answer, or has gone meanwhile; nothing was noted.
+        """
+        async with translated_errors("refilling the table"), self._pool.acquire() as connection:
+            if not await connection.fetchval(statement("lock_refill"), _REFILL_LOCK):
+                yield False
+                return
+            # The pool frees the lock when it takes the connection back.
+            filenode = (await connection.fetchrow(statement("read_epoch")))["filenode"]
+            yield True
+            await connection.execute(statement("save_epoch"), filenode)
+
     async def _notify(self, connection: Any, applied: Applied) -> None:
         if self._is_notifying and applied.agent_ids:
             payloads = encode_agent_id_chunks(sorted(applied.agent_ids))
@@ -312,6 +349,13 @@ def _count(changed: Sequence[Any], applied: Applied) -> None:
         applied.agent_ids.update(result["agent_ids"] or ())
         applied.undeclared += result.get("undeclared", 0)
         applied.stale += result.get("stale", 0)
+
+
+def epoch_is_over(table: Any) -> bool:
+    """Tell from a row of read_epoch.sql whether the table was emptied; a crash empties an UNLOGGED one only."""
+    if table["whole_filenode"] is None:
+        return bool(table["is_unlogged"])
+    return bool(table["whole_filenode"] != table["filenode"])
 
 
 async def read_rows(connection: Any, agent_ids: Sequence[uuid.UUID] | None) -> Sequence[Any]:

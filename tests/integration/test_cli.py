@@ -119,7 +119,7 @@ def test_db_migrate_applies_once_and_status_exits_with_0_then(agent_metadata):
     assert agent_metadata("db", "migrate").stdout == "the database is up to date\n"
     status = agent_metadata("db", "status", "--json")
     assert status.returncode == 0
-    assert [item["changed"] for item in json.loads(status.stdout) if item["applied_at"]] == [False, False]
+    assert [item["changed"] for item in json.loads(status.stdout) if item["applied_at"]] == [False, False, False]
 
 
 def test_produce_from_stdin_sends_good_lines_and_names_the_bad_one(agent_metadata, topics, environment):

@@ -10,7 +10,7 @@ import pytest
 
 COMMANDS = [
     *[[name] for name in ("worker", "sink", "run", "watch", "produce", "demo", "config")],
-    *[[name] for name in ("replay", "status", "why")],
+    *[[name] for name in ("replay", "refill", "status", "why")],
     *[["topics"], ["topics", "create"], ["topics", "diff"], ["db"], ["db", "migrate"], ["db", "status"]],
 ]
 NEEDING_KAFKA = [["worker"], ["sink"], ["produce"], ["topics", "diff"]]

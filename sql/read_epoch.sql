@@ -1,0 +1,9 @@
+-- Purpose: tell whether the table is as it was last known to be whole, and which file it has now.
+-- No row: a crash of Postgres has emptied all UNLOGGED tables. Another file: TRUNCATE, or a rewrite as by VACUUM FULL.
+-- Locks: none.
+select
+    pg_relation_filenode(oid) as filenode,
+    relpersistence = 'u' as is_unlogged,
+    (select filenode from agent_metadata_epoch limit 1) as whole_filenode
+from pg_class
+where oid = 'workspace_agent_metadata'::regclass
