@@ -66,6 +66,7 @@ class MetadataListener:
         takes its metrics.
         """
         self._metrics = ListenerMetrics(registry or CollectorRegistry())
+        self.freshness = self._metrics.freshness
         self._connect = connect
         self._read_rows = read_rows
         self._watched = None if agent_ids is None else frozenset(agent_ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -19,13 +19,11 @@ CODER_PREFIX: Final = "coderd_agentapi_metadata_"
 UTILIZATION_BUCKETS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 40, 80, 160)
 BATCH_SIZE_BUCKETS: Final = (10, 25, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500)
 FLUSH_SECONDS_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
-# A stream sends at most once a second, so up to that is no delay.
-SENT_SECONDS_BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 5, 10)
 # From a window of a tenth of a second to an outage of an hour.
 FRESHNESS_SECONDS_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 7.5, 10, 15, 30, 60, 300, 900, 3600)
 
 # The hops of an entry, in their order, each at the place that can tell its time.
-Hop = Literal["produced", "window_closed", "committed", "notified"]
+Hop = Literal["produced", "window_closed", "committed", "notified", "sent"]
 
 
 class Freshness:
@@ -35,8 +33,8 @@ class Freshness:
         self._histogram = Histogram(
             f"{PREFIX}freshness_seconds",
             "Seconds since an entry was collected, when it reached a hop: produced (Kafka's timestamp of the record), "
-            "window_closed, committed (the row is written), notified (a listener is told). Sampled: one report a "
-            "chunk, one entry a batch, one row a notification.",
+            "window_closed, committed (the row is written), notified (a listener is told), sent (to a client of "
+            "`serve`). Sampled: one report a chunk, one entry a batch, one row a notification or event.",
             ["hop"],
             buckets=FRESHNESS_SECONDS_BUCKETS,
             registry=registry,
@@ -257,22 +255,10 @@ class ServeMetrics:
             "Event streams cut off because their client had stopped reading.",
             registry=registry,
         )
-        self._sent_seconds = Histogram(
-            "agent_metadata_notified_to_sent_seconds",
-            "From the NOTIFY to the event that shows it to a client: of each event, its oldest change.",
-            buckets=SENT_SECONDS_BUCKETS,
-            registry=registry,
-        )
         self._pairs = Gauge("agent_metadata_served_pairs", "Pairs that are served.", registry=registry)
         self._stale_pairs = Gauge(
             "agent_metadata_stale_pairs", "Served pairs older than three of their usual intervals.", registry=registry
         )
-
-    def observe_sent(self, notified_at: Iterable[float | None], now: float) -> None:
-        """Observe one event of changes; times in seconds since the Unix epoch, None for rows that were read."""
-        oldest = min((at for at in notified_at if at is not None), default=None)
-        if oldest is not None:
-            self._sent_seconds.observe(max(0.0, now - oldest))
 
     def show_pairs(self, pairs: int, stale: int) -> None:
         """Set the gauges."""

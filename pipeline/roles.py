@@ -381,9 +381,11 @@ async def require_sessions(settings: Settings) -> None:
         )
 
 
-def listener(settings: Settings, agent_ids: Iterable[UUID] | None) -> MetadataListener:
+def listener(
+    settings: Settings, agent_ids: Iterable[UUID] | None, registry: CollectorRegistry | None = None
+) -> MetadataListener:
     """Make a listener of some agents, or of all (None)."""
-    return MetadataListener(lambda: connect(settings, to_listen=True), read_rows, agent_ids)
+    return MetadataListener(lambda: connect(settings, to_listen=True), read_rows, agent_ids, registry=registry)
 
 
 async def run_serve(settings: Settings) -> None:
@@ -403,7 +405,8 @@ async def run_serve(settings: Settings) -> None:
         await require_schema(connection)
     await require_sessions(settings)
     table = LiveTable()
-    rows = listener(settings, None)
+    registry = CollectorRegistry()
+    rows = listener(settings, None, registry)
     database_url = settings.database_url.get_secret_value()
     async with translated_errors("connecting"):
         kept = await statements_to_keep(database_url, CONNECT_TIMEOUT_SECONDS)
@@ -429,7 +432,8 @@ async def run_serve(settings: Settings) -> None:
         table=table,
         read=read,
         why_not_ready=lambda: None if rows.is_following else "Postgres is away; what was known last is shown",
-        registry=CollectorRegistry(),
+        registry=registry,
+        freshness=rows.freshness,
         token=settings.serve_token.get_secret_value() if settings.serve_token else None,
         cors_origins=[origin.strip() for origin in settings.serve_cors_origins.split(",") if origin.strip()],
     )

@@ -28,7 +28,7 @@ from sse_starlette import EventSourceResponse
 
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.live import LiveRow, LiveTable, Watcher
-from pipeline.metrics import ServeMetrics
+from pipeline.metrics import Freshness, ServeMetrics
 
 # Source: coder's workspace page, which sends changes at most once a second and everything again after five.
 _EVENT_SECONDS: Final = 1.0
@@ -97,6 +97,7 @@ class LiveServer:
         read: ReadRows,
         why_not_ready: Callable[[], str | None],
         registry: CollectorRegistry,
+        freshness: Freshness,
         token: str | None = None,
         cors_origins: Sequence[str] = (),
     ) -> None:
@@ -104,6 +105,7 @@ class LiveServer:
         self._read = read
         self._why_not_ready = why_not_ready
         self._metrics = ServeMetrics(registry)
+        self._freshness = freshness
         self._registry = registry
         self._token = token
         # Versions count within this process: an event id of another one means a fresh start.
@@ -229,8 +231,8 @@ class LiveServer:
         try:
             while not self._is_closing:
                 for event_id, rows in self._parts(watcher):
-                    if name == b"changes":
-                        self._metrics.observe_sent((row.notified_at for row in rows), time.time())
+                    if name == b"changes" and rows and rows[0].notified_at:
+                        self._freshness.observe("sent", collected_at=rows[0].collected_at.timestamp(), at=time.time())
                     sending_at = loop.time()
                     try:
                         yield _event(name, event_id, body(rows))

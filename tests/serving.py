@@ -15,6 +15,7 @@ import aiohttp
 from prometheus_client import CollectorRegistry
 
 from pipeline.live import LiveTable
+from pipeline.metrics import Freshness
 from pipeline.serve import LiveServer, listen, serve
 
 WAIT_SECONDS = 30.0
@@ -48,11 +49,13 @@ class Serving:
         self.port = self._listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._stop = asyncio.Event()
+        registry = CollectorRegistry()
         self.server = LiveServer(
             table=self.table,
             read=self._read,
             why_not_ready=lambda: self.why_not_ready,
-            registry=CollectorRegistry(),
+            registry=registry,
+            freshness=Freshness(registry),
             **options,
         )
         self._serving = asyncio.create_task(serve(self.server, self._listening, self._stop))

@@ -311,7 +311,7 @@ async def test_metrics_tell_watchers_pairs_and_how_late_events_are():
         "agent_metadata_watchers 1.0",
         "agent_metadata_served_pairs 2.0",
         "agent_metadata_stale_pairs 1.0",
-        "agent_metadata_notified_to_sent_seconds_count 1.0",
+        'agent_metadata_freshness_seconds_count{hop="sent"} 1.0',
     ):
         assert line in text.splitlines()
 
