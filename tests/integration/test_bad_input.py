@@ -62,11 +62,15 @@ async def test_bad_input_becomes_what_design_says_and_the_rest_is_untouched(depl
             held = table[agent_id(number), key]
             assert held[:2] == (value, error)
             assert held[2] == at or (at is None and started <= held[2] <= datetime.now(UTC))
-    letters = consume_all(settings, settings.dead_letter_topic)
-    reasons = {int(header(letter, "offset")): header(letter, "exception.message") for letter in letters}
     expected = {2 * number: case.reason for number, case in enumerate(cases) if case.reason}
+    await eventually("dead letters are there", lambda: len(dead_letters(settings)) >= len(expected))
+    reasons = {int(header(letter, "offset")): header(letter, "exception.message") for letter in dead_letters(settings)}
     assert reasons.keys() == expected.keys()
     assert [reasons[offset] for offset, reason in expected.items() if reason not in reasons[offset]] == []
+
+
+def dead_letters(settings):
+    return consume_all(settings, settings.dead_letter_topic)
 
 
 def header(letter, name):
