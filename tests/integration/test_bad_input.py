@@ -22,8 +22,9 @@ def agent_id(number):
 def produce(settings, cases):
     """Produce each case as an agent of its own, and after each a good record of one agent; one partition."""
     # lz4: what is large here repeats itself, and the broker counts compressed bytes.
-    config = {**settings.client_config(), "compression.type": "lz4", "message.max.bytes": 50_000_000, "linger.ms": 200}
-    producer, refused = Producer(config), []
+    config = {"compression.type": "lz4", "message.max.bytes": 50_000_000, "linger.ms": 200}
+    # Idempotent: a request sent again, as on a loaded machine, must not shift the offsets.
+    producer, refused = Producer({**settings.client_config(), **config, "enable.idempotence": True}), []
     for number, case in enumerate(cases):
         value = case.value and case.value.replace(AGENT.encode(), agent_id(number).encode())
         key = case.record_key.replace(AGENT, agent_id(number))

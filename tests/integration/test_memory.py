@@ -22,6 +22,7 @@ def produce(settings, records):
     producer = Producer(
         {
             **settings.client_config(),
+            "enable.idempotence": True,
             "message.max.bytes": 6_000_000,
             "queue.buffering.max.kbytes": 100_000,
             "on_delivery": lambda error, _: refused.append(error),
