@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -78,7 +79,7 @@ class Deployment:
         self._logs = logs
         self._processes: list[subprocess.Popen[Any]] = []
 
-    async def prepare(self, topic_configs: dict[str, dict[str, str]]) -> None:
+    async def prepare(self, topic_configs: Mapping[str, dict[str, str]] = MappingProxyType({})) -> None:
         specs = load_topic_specs(names=self.settings.topic_names, partitions=self.settings.partitions)
         for role, config in topic_configs.items():
             specs[role] = dataclasses.replace(specs[role], config={**specs[role].config, **config})
