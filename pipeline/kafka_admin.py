@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from confluent_kafka import (
-    ConsumerGroupTopicPartitions,
+    Consumer,
     KafkaError,
     KafkaException,
     TopicCollection,
@@ -42,6 +42,13 @@ _TURN_SECONDS: Final = 1.0
 # Answers to CreateTopics that say nothing about the topic. KafkaError.retriable() knows of transactions only.
 _TRY_AGAIN: Final = (*_SILENCE, KafkaError.NOT_CONTROLLER, KafkaError.REQUEST_TIMED_OUT)
 
+# Answers while a group's coordinator is being elected, as on a cluster whose first group this is.
+_ELECTING: Final = (
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+)
+
 
 class Cluster(NamedTuple):
     """What a cluster holds: its topics with their numbers of partitions.
@@ -61,6 +68,7 @@ class KafkaAdmin:
     """
 
     def __init__(self, client_config: Mapping[str, Any]) -> None:
+        self._config = client_config
         self._servers = client_config.get("bootstrap.servers", "")
         self._protocol = client_config.get("security.protocol", "PLAINTEXT")
         self._ca_file = client_config.get("ssl.ca.location")
@@ -174,22 +182,40 @@ class KafkaAdmin:
         return {partition: (earliest[partition], end) for partition, end in ends.items()}
 
     def committed(self, group: str, topic: str, partitions: int, timeout_s: float) -> dict[int, int]:
-        """Read a group's committed offsets; a partition without one is missing."""
-        wanted = [TopicPartition(topic, number) for number in range(partitions)]
-        asked = [ConsumerGroupTopicPartitions(group, wanted)]
-        (future,) = self._client.list_consumer_group_offsets(asked, request_timeout=timeout_s).values()
-        found = self._asked(future.result).topic_partitions
+        """Read a group's committed offsets; a partition without one is missing. The group is not joined."""
+        # Not by list_consumer_group_offsets: librdkafka crashes on NOT_COORDINATOR there (its issue 5040).
+        consumer = Consumer({**self._config, "group.id": group, "enable.auto.commit": False, "logger": _Silent()})
+        try:
+            wanted = [TopicPartition(topic, number) for number in range(partitions)]
+            found = self._of_group(lambda: consumer.committed(wanted, timeout_s), timeout_s)
+        finally:
+            consumer.close()
         return {item.partition: item.offset for item in found if item.offset >= 0}
 
     def members(self, group: str, timeout_s: float) -> int:
         """Count the members of a consumer group; 0 if there is no such group."""
-        (future,) = self._client.describe_consumer_groups([group], request_timeout=timeout_s).values()
-        try:
-            return len(future.result().members)
-        except KafkaException as error:
-            if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
-                return 0
-            raise self._unavailable(error) from error
+
+        def described() -> int:
+            (future,) = self._client.describe_consumer_groups([group], request_timeout=timeout_s).values()
+            try:
+                return len(future.result().members)
+            except KafkaException as error:
+                if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
+                    return 0
+                raise
+
+        return int(self._of_group(described, timeout_s))
+
+    def _of_group(self, question: Callable[[], Any], timeout_s: float) -> Any:
+        """Ask a group's coordinator, waiting until there is one."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return question()
+            except KafkaException as error:
+                if error.args[0].code() not in _ELECTING or time.monotonic() > deadline:
+                    raise self._unavailable(error) from error
+            time.sleep(_POLL_SECONDS)
 
     def _asked(self, question: Callable[[], Any]) -> Any:
         try:
