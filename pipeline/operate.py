@@ -30,6 +30,7 @@ from pipeline.report import canonical_agent_id
 from pipeline.resume import Range, ReplayPlan, load_plan, save_plan
 from pipeline.roles import connected
 from pipeline.settings import Settings
+from pipeline.shadow import ShadowDiff, shadow_diff
 from pipeline.status import Status
 from pipeline.topic_admin import TopicFacts
 from pipeline.tracing import trace
@@ -42,6 +43,11 @@ NOW: Final = "now"
 _NICENESS: Final = 10
 
 app = typer.Typer()
+shadow_app = typer.Typer(
+    help="A second table, written beside the one of coder's own batcher, to compare before switching over.",
+    no_args_is_help=True,
+)
+app.add_typer(shadow_app, name="shadow")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -437,3 +443,40 @@ def _entry(value: str, error: str, collected_at: datetime | None) -> str:
     """Show a value on one line; ascii() leaves a terminal no control characters to obey."""
     of = f" of {collected_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}" if collected_at else ""
     return f"{value[:80]!a}{f' (error {error[:80]!a})' if error else ''}{of}"
+
+
+@shadow_app.command("diff")
+def shadow_diff_command(
+    live: Annotated[str, typer.Option(metavar="SCHEMA", help="The schema of the table that coder writes.")] = "public",
+    settle: Annotated[
+        float, typer.Option(min=0, help="Leave out pairs that changed in the last so many seconds.")
+    ] = 15.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the table of DATABASE_URL's search_path with the live one; exit code 1 if values differ or are missing.
+
+    Times are not compared: coder stamps a report when its server gets it.
+    """
+    settings = command_settings()
+
+    async def job() -> ShadowDiff:
+        async with connected(settings) as connection:
+            return await shadow_diff(connection, live_schema=live, settle_seconds=settle)
+
+    found = run_job(job())
+    if as_json:
+        print(msgspec.json.encode(found).decode())  # noqa: T201
+    else:
+        for label, count in (
+            ("the same", found.same),
+            ("different", found.different),
+            ("only in the live table", found.only_live),
+            ("only in the shadow", found.only_shadow),
+            (f"changed in the last {settle:g} s, left out", found.unsettled),
+        ):
+            print(f"{label:40} {count:>12,}")  # noqa: T201
+        for pair in found.pairs:
+            sides = (f"{side} {(pair[f'{side}_value'] or '')[:60]!a}" for side in ("live", "shadow"))
+            print(f"{pair['agent_id']} {pair['key']!a}: {', '.join(sides)}")  # noqa: T201
+    if found.different or found.only_live:
+        raise typer.Exit(EXIT_FAILURE)

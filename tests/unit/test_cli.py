@@ -11,6 +11,7 @@ import pytest
 COMMANDS = [
     *[[name] for name in ("worker", "sink", "run", "watch", "produce", "demo", "config")],
     *[[name] for name in ("replay", "refill", "status", "why")],
+    *[["shadow"], ["shadow", "diff"]],
     *[["topics"], ["topics", "create"], ["topics", "diff"], ["db"], ["db", "migrate"], ["db", "status"]],
 ]
 NEEDING_KAFKA = [["worker"], ["sink"], ["produce"], ["topics", "diff"]]
