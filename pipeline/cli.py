@@ -264,7 +264,12 @@ def demo(
     keys: Annotated[int, typer.Option(min=1, max=200, help="Keys of each agent.")] = 10,
     interval: Annotated[float, typer.Option(min=0.01, help="Seconds between two reports of one agent.")] = 1.0,
     window: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds a window lasts.")] = 5.0,
-    duration: Annotated[float, typer.Option(min=1, help="Seconds to simulate.")] = 30.0,
+    duration: Annotated[
+        float | None, typer.Option(min=1, help="Seconds to simulate.", show_default="30; 600 with --serve")
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the live page meanwhile; its port is AGENT_METADATA_SERVE_PORT.")
+    ] = False,
     services: Annotated[
         str | None, typer.Option(help="Force where Kafka and Postgres come from: env, docker, packages, embedded.")
     ] = None,
@@ -276,7 +281,8 @@ def demo(
     worker, sink and listener. Exits with 1 unless every row is right.
     """
     configure_logging("console")
-    options = DemoOptions(agents, keys, interval, window, duration, services)
+    seconds = duration or (600.0 if serve else 30.0)
+    options = DemoOptions(agents, keys, interval, window, seconds, services, serve)
     summary = run_demo(options, console=errors)
     if as_json:
         print(json.dumps(summary))  # noqa: T201

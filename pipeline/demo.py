@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -50,6 +50,7 @@ class DemoOptions:
     window: float
     duration: float
     services: str | None
+    serve: bool = False
 
 
 @dataclass
@@ -130,6 +131,7 @@ class _Demo:
         }
         os.environ.update(self._environment)
         self._settings: Settings = load_settings()
+        self._page = f"http://{self._settings.serve_host}:{self._settings.serve_port}/"
 
     async def run(self) -> dict[str, Any]:
         try:
@@ -169,7 +171,11 @@ class _Demo:
         running = await self._start("run")
         watching = await self._start("watch", "--json", reads=True)
         reading = asyncio.create_task(self._read(watching))
-        await self._wait_until_ready(running)
+        if options.serve:
+            serving = await self._start("serve")
+            await self._wait_until_ready(serving, [self._settings.serve_port], "the live page")
+            self._console.print(f"live page: {self._page}", markup=False)
+        await self._wait_until_ready(running, self._ports, "worker and sink")
         producing = await self._start(
             "produce",
             f"--agents={options.agents}",
@@ -209,16 +215,13 @@ class _Demo:
         async for line in watching.stdout:
             self._seen.note(line)
 
-    async def _wait_until_ready(self, running: asyncio.subprocess.Process) -> None:
+    async def _wait_until_ready(self, process: asyncio.subprocess.Process, ports: Sequence[int], who: str) -> None:
         deadline = time.monotonic() + _ARRIVAL_GRACE_SECONDS
         # Ready, not only up: what they log until then would tear the progress line.
-        while not await asyncio.to_thread(self._are_ready):
-            if running.returncode is not None or time.monotonic() > deadline:
-                raise PipelineError("worker and sink did not come up: see their messages above")
+        while not await asyncio.to_thread(lambda: all(_get(port, "ready") for port in ports)):
+            if process.returncode is not None or time.monotonic() > deadline:
+                raise PipelineError(f"{who} did not come up: see the messages above")
             await asyncio.sleep(0.1)
-
-    def _are_ready(self) -> bool:
-        return all(_get(port, "ready") for port in self._ports)
 
     async def _show_progress_until(
         self, producing: asyncio.subprocess.Process, running: asyncio.subprocess.Process
