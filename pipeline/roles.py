@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 from uuid import UUID
@@ -42,13 +43,15 @@ from pipeline.window import Rejected
 from pipeline.worker import Worker
 
 # How long a start waits for Kafka or Postgres before it says that they can't be reached.
-START_TIMEOUT_SECONDS: Final = 10.0
+START_TIMEOUT_SECONDS: Final = 8.0
 # As many transactions at once as bring more rows a second: measured on two cores, one more brings nothing.
 SINK_CONNECTIONS: Final = 2
 # For requests that read Postgres; streams need none.
 SERVE_CONNECTIONS: Final = 4
 # What matters was waited for before; this is for dead letters under way.
 _LAST_FLUSH_SECONDS: Final = 1.0
+# How much longer than that a stop may take to let go of all connections; `run` waits a second more.
+_OVERDUE_SECONDS: Final = 4.0
 # Kafka acknowledges a window within milliseconds, and large ones within a second or two.
 UNACKNOWLEDGED_SECONDS: Final = 10.0
 # How often the sink asks Postgres whether it is there, so that an idle one knows too.
@@ -471,15 +474,24 @@ async def _open_store(settings: Settings) -> Store:
 
 
 def _on_stop_signals(stop: Callable[[], None]) -> None:
-    """Have the first SIGTERM or SIGINT stop in order, and the second end this process where it stands."""
+    """Have the first SIGTERM or SIGINT stop in order; the second, or time running out, ends this process as it stands.
+
+    That is as safe as kill -9: what is not committed is read again.
+    """
     signals: list[int] = []
+
+    def end(event: str, exit_code: int) -> None:
+        _log.warning(event, advice="what was under way is read again from Kafka")
+        os._exit(exit_code)
 
     def on_signal(number: int) -> None:
         signals.append(number)
         if len(signals) > 1:
-            # As safe as kill -9: what is not committed is read again.
-            _log.warning("ended_by_second_signal", advice="what was under way is read again from Kafka")
-            os._exit(128 + number)
+            end("ended_by_second_signal", 128 + number)
+        # Kafka's clients wait longer than anybody wants where no broker answers.
+        overdue = threading.Timer(SHUTDOWN_SECONDS + _OVERDUE_SECONDS, end, ("ended_as_stop_took_too_long", 1))
+        overdue.daemon = True
+        overdue.start()
         stop()
 
     loop = asyncio.get_running_loop()

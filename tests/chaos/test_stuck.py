@@ -126,5 +126,28 @@ async def test_broker_that_is_stopped_is_an_outage_which_worker_and_sink_wait_ou
             pipeline.close()
 
 
+async def test_stop_while_kafka_does_not_answer_takes_20_seconds_at_most(kafka_jars, database_url, tmp_path):
+    with PackagedKafka(kafka_jars) as kafka:
+        pipeline = Deployment(kafka.bootstrap_servers, database_url, tmp_path, window_seconds=60)
+        await pipeline.prepare()
+        try:
+            processes = [await pipeline.started(role) for role in ("worker", "sink")]
+            report(pipeline)
+            os.kill(kafka.pid, signal.SIGSTOP)
+            try:
+                for process in processes:
+                    process.terminate()
+                codes = [await asyncio.to_thread(process.wait, 25) for process in processes]
+            finally:
+                os.kill(kafka.pid, signal.SIGCONT)
+            assert set(codes) <= {0, 1}
+            assert not any("Traceback" in pipeline.log(process) for process in processes)
+            for role in ("worker", "sink"):
+                await pipeline.started(role)
+            await eventually("nothing was lost", lambda: values_are(pipeline, "0"))
+        finally:
+            pipeline.close()
+
+
 async def values_are(pipeline, value):
     return [row[0] for row in (await pipeline.table()).values()] == [value] * 49

@@ -16,7 +16,7 @@ COMMANDS = [
 ]
 NEEDING_KAFKA = [["worker"], ["sink"], ["produce"], ["topics", "diff"]]
 NOBODY = "127.0.0.1:1"
-# A quiet machine needs 12 s: 10 s of waiting for Kafka, and Python. A loaded one takes long to start Python.
+# A quiet machine needs 10 s: 8 s of waiting for Kafka, and Python. A loaded one takes long to start Python.
 GIVES_UP_SECONDS = 40
 
 
@@ -95,7 +95,7 @@ def test_watch_of_no_uuid_exits_with_2_and_shows_it():
 
 @pytest.fixture(scope="module")
 def without_a_broker():
-    """What commands that need Kafka end with, by command; they wait at the same time, as each gives up after 10 s."""
+    """What commands that need Kafka end with, by command; they wait at the same time, as each gives up after 8 s."""
 
     def timed(command):
         started = time.monotonic()
