@@ -25,6 +25,9 @@ ROWS_PER_STATEMENT: Final = 1000
 COMMAND_TIMEOUT_SECONDS: Final = 60.0
 CONNECT_TIMEOUT_SECONDS: Final = 10.0
 CLOSE_TIMEOUT_SECONDS: Final = 2.0
+# After which Postgres ends a transaction whose sink has gone silent, frozen or waiting for Kafka: its locks hold back
+# the partition's next owner.
+IDLE_TRANSACTION_SECONDS: Final = 60.0
 # Any number will do, as long as no other program of the database takes the same.
 _REFILL_LOCK: Final = 723_621_911
 
@@ -177,7 +180,7 @@ class Store:
             self._pool.acquire() as connection,
             connection.transaction(),
         ):
-            await connection.execute(statement("pin_plan"))
+            await _begin_write(connection)
             if reject is not None:
                 # A check that waits for the commit would refuse the whole transaction, and no row could be blamed.
                 await connection.execute("set constraints all immediate")
@@ -211,7 +214,7 @@ class Store:
         """
         applied = Applied(given=len(rows.keys))
         async with translated_errors("replaying rows"), self._pool.acquire() as connection, connection.transaction():
-            await connection.execute(statement("pin_plan"))
+            await _begin_write(connection)
             await connection.execute("set constraints all immediate")
             await _write_bisecting(connection, rows, applied, reject, self._write_older)
             await self._notify(connection, applied)
@@ -227,7 +230,7 @@ class Store:
         applied = Applied(given=len(rows.keys))
         columns = (rows.agent_ids, rows.keys, rows.collected_at_us)
         async with translated_errors("comparing rows"), self._pool.acquire() as connection, connection.transaction():
-            await connection.execute(statement("pin_plan"))
+            await _begin_write(connection)
             _count([await connection.fetchrow(statement("replay_count"), *columns, self._is_inserting)], applied)
         return applied
 
@@ -313,6 +316,10 @@ async def _write_bisecting(connection: Any, rows: Columns, applied: Applied, rej
         await _write_bisecting(connection, rows.part(middle, len(rows.keys)), applied, reject, write)
     else:
         _count(changed, applied)
+
+
+async def _begin_write(connection: Any) -> None:
+    await connection.execute(statement("begin_write"), str(round(IDLE_TRANSACTION_SECONDS * 1000)))
 
 
 def _choose(

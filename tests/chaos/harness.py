@@ -33,6 +33,7 @@ SESSION_TIMEOUT_SECONDS = 3.0
 START_SECONDS = 60.0
 CATCH_UP_SECONDS = 120.0
 STOP_SECONDS = 30.0
+AFTERWARDS_SECONDS = 2.0  # the load goes on for at least so long after the last step
 _RESTART_SECONDS = 0.3
 
 Action = Callable[["Run"], Awaitable[None]]
@@ -42,9 +43,9 @@ Action = Callable[["Run"], Awaitable[None]]
 class Scenario:
     """At so many seconds do this; then everything has to come right by itself.
 
-    `seconds`: how long the load runs. Times are stretched by up to a quarter, by the seed. `dead_letters`: how many
-    records the dead-letter topic must hold in the end; at least so many if `dead_letters_repeat`, since a record whose
-    process is killed before the commit is dead-lettered again.
+    `seconds`: how long the load runs, at least. Times are stretched by up to a quarter, by the seed.
+    `dead_letters`: how many records the dead-letter topic must hold in the end; at least so many if
+    `dead_letters_repeat`, since a record whose process is killed before the commit is dead-lettered again.
     """
 
     name: str
@@ -240,9 +241,10 @@ class Run:
         self.load.start()
         begin = time.monotonic()
         stretch = self.dice.uniform(1.0, 1.25)
-        for at, action in [*self.scenario.steps, (self.scenario.seconds, _nothing)]:
+        for at, action in self.scenario.steps:
             await asyncio.sleep(max(0.0, begin + at * stretch - time.monotonic()))
             await action(self)
+        await asyncio.sleep(max(AFTERWARDS_SECONDS, begin + self.scenario.seconds * stretch - time.monotonic()))
         await asyncio.to_thread(self.load.pause)
         return await self._judge()
 
@@ -406,10 +408,6 @@ class _Connected:
     async def __aexit__(self, *_: object) -> None:
         with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
             await self._connection.close(timeout=5)
-
-
-async def _nothing(_run: Run) -> None:
-    pass
 
 
 def _differences(expected: Table, held: Table) -> int:

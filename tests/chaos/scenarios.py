@@ -86,13 +86,6 @@ _KAFKA = [
         ],
     ),
     Scenario(
-        "events_lost_to_retention_under_a_frozen_worker",
-        steps=[
-            (3, all_of(do.stop_the_load, do.catch_up, do.mark_ends, do.freeze("worker"), do.start_the_load)),
-            (4, all_of(do.stop_the_load, do.delete_unread_events, do.start_the_load, do.thaw("worker"))),
-        ],
-    ),
-    Scenario(
         "topics_made_anew",
         steps=[(4, all_of(do.stop_the_load, do.catch_up, do.make_topics_anew, do.start_the_load))],
     ),

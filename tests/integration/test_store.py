@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import asyncpg
 import pytest
 
+from pipeline import store as store_module
 from pipeline.agent_ids import MAX_IDS_PER_PAYLOAD, NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.batch import Batch, Row, Source, Window
 from pipeline.errors import ConfigError, ProgressGap, SchemaMismatch, ServiceUnavailable
@@ -270,6 +271,27 @@ async def test_apply_failing_reject_commits_nothing(store, connection):
         await apply(store, (0, batch(row(), row(key="p", value="poison"))), reject=reject)
     assert await table(connection) == {}
     assert await store.next_offsets("batches-id", [0]) == {}
+
+
+async def test_apply_gives_its_locks_back_when_its_sink_falls_silent(database_url, connection, monkeypatch):
+    monkeypatch.setattr(store_module, "IDLE_TRANSACTION_SECONDS", 0.5)
+    await connection.execute("alter table workspace_agent_metadata add check (value <> 'poison')")
+    is_silent = asyncio.Event()
+
+    async def fall_silent(row, error):
+        is_silent.set()
+        await asyncio.Event().wait()
+
+    async def reject(row, error):
+        return acknowledged()
+
+    batches = (0, batch(row(value="poison")))
+    async with opened(database_url) as silent, opened(database_url) as heir:
+        applying = asyncio.create_task(apply(silent, batches, reject=fall_silent))
+        await is_silent.wait()
+        assert (await asyncio.wait_for(apply(heir, batches, reject=reject), 30)).rejected == 1
+        applying.cancel()
+        await asyncio.wait([applying])
 
 
 @pytest.mark.parametrize(

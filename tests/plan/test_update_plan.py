@@ -33,7 +33,7 @@ async def test_write_uses_the_primary_key_only(database_url, name, rows_per_stat
     agents = [uuid.uuid4() for _ in range(rows_per_statement)]
     texts = ["k"] * rows_per_statement
     async with connection.transaction():
-        await connection.execute(statement("pin_plan"))
+        await connection.execute(statement("begin_write"), "60000")
         explained = await connection.fetchval(
             "explain (format json) " + statement(name), agents, texts, texts, texts, [0] * rows_per_statement
         )
