@@ -17,6 +17,7 @@ from pipeline.metrics import (
     ListenerMetrics,
     Metrics,
     ProducerMetrics,
+    ServeMetrics,
     SinkMetrics,
     WorkerMetrics,
 )
@@ -91,9 +92,10 @@ def test_metrics_that_the_readme_maps_to_are_there():
 
 def make_all():
     """Make every role's metrics, each labelled one with a value; return the registries by role."""
-    registries = {role: CollectorRegistry() for role in ("worker", "sink", "listener", "producer")}
+    registries = {role: CollectorRegistry() for role in ("worker", "sink", "listener", "producer", "serve")}
     worker, sink = WorkerMetrics(registries["worker"], "events"), SinkMetrics(registries["sink"], topic="batches")
     listener, _ = ListenerMetrics(registries["listener"]), ProducerMetrics(registries["producer"])
+    ServeMetrics(registries["serve"])
     for counter in (worker.windows, worker.dead_letters, sink.batches, sink.dead_letters):
         counter.labels("r").inc()
     sink.flush_seconds.labels("r").observe(1)
