@@ -93,6 +93,7 @@ function take(event) {
     keyCounts.clear();
     needsOrder = true;
   }
+  if (!agents.size) needsSummary = true; // the first rows are told at once, others by the second
   for (const { agent_id: id, metadata } of changed) {
     let agent = agents.get(id);
     if (!agent) {
@@ -293,12 +294,12 @@ function drawRow(element, agent, index, now) {
 }
 
 let rowHeight = 34;
+let needsSummary = true; // it walks all pairs, so a scroll alone does without
 
 function drawNow() {
   isDrawing = false;
   if (needsOrder) order();
   const now = nowMs();
-  rowHeight = Number.parseFloat(getComputedStyle(document.documentElement).getPropertyValue("--row"));
   body.style.height = `${shown.length * rowHeight}px`;
   const first = Math.max(0, Math.floor(grid.scrollTop / rowHeight) - SPARE_ROWS);
   const last = Math.min(shown.length, Math.ceil((grid.scrollTop + grid.clientHeight) / rowHeight) + SPARE_ROWS);
@@ -309,7 +310,7 @@ function drawNow() {
   const at = active === null ? -1 : shown.findIndex((agent) => agent.id === active);
   if (at >= first && at < last) grid.setAttribute("aria-activedescendant", `row-${at}`);
   else grid.removeAttribute("aria-activedescendant");
-  drawSummary(now);
+  if (needsSummary) drawSummary(now);
   drawDetails(now);
 }
 
@@ -320,6 +321,7 @@ function draw() {
 }
 
 function drawSummary(now) {
+  needsSummary = false;
   let pairs = 0;
   let errors = 0;
   let stale = 0;
@@ -365,7 +367,7 @@ function drawDetails(now) {
 
 byId("search").addEventListener("input", (event) => {
   query = event.target.value.trim().toLowerCase();
-  needsOrder = true;
+  needsOrder = needsSummary = true;
   grid.scrollTop = 0;
   draw();
 });
@@ -377,7 +379,10 @@ byId("details").addEventListener("close", () => {
   opened = null;
 });
 grid.addEventListener("scroll", draw, { passive: true });
-new ResizeObserver(draw).observe(grid);
+new ResizeObserver(() => {
+  rowHeight = Number.parseFloat(getComputedStyle(document.documentElement).getPropertyValue("--row"));
+  draw();
+}).observe(grid);
 
 // A pause lets go of the stream; going on asks for what changed meanwhile.
 function togglePause() {
@@ -433,6 +438,7 @@ document.addEventListener("keydown", (event) => {
 setInterval(() => {
   if (pausedAt !== null) return;
   if (sort.by === "state") needsOrder = true;
+  needsSummary = true;
   draw();
 }, 1000);
 
