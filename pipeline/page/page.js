@@ -26,6 +26,7 @@ let controller = null;
 let generation = 0; // of the stream: a pause ends the one that runs
 let token = sessionStorage.getItem("token") ?? "";
 let needsOrder = true;
+let isOrderOld = false; // by changed values: rows move once a second, not under the hand
 let isDrawing = false;
 
 // ---- the stream ----
@@ -111,7 +112,7 @@ function take(event) {
     }
     agent.text = null;
   }
-  if (changed.length && (sort.by !== "agent" || query)) needsOrder = true;
+  if (changed.length && (sort.by !== "agent" || query)) isOrderOld = true;
   draw();
 }
 
@@ -437,7 +438,8 @@ document.addEventListener("keydown", (event) => {
 
 setInterval(() => {
   if (pausedAt !== null) return;
-  if (sort.by === "state") needsOrder = true;
+  if (isOrderOld || sort.by === "state") needsOrder = true;
+  isOrderOld = false;
   needsSummary = true;
   draw();
 }, 1000);
