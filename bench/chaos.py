@@ -21,6 +21,7 @@ from pipeline.local import PackagedKafka, PackagedPostgres, kafka_classpath
 from tests.chaos.harness import Run, Scenario, Services, Verdict
 from tests.chaos.scenarios import SCENARIOS
 
+WIDTH = 120  # what the table takes, on a terminal or not
 COUNTED = ("events", "rows", "rows_wrong", "batches_twice", "moves_back", "unnoticed")
 
 
@@ -64,11 +65,13 @@ def summary(scenario: Scenario, verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def show(summaries: Sequence[dict[str, Any]]) -> None:
-    columns = [name for name in summaries[0] if name != "ended_by_themselves"]
-    table = Table(*columns, title="chaos")
+    columns = [name for name in summaries[0] if name not in ("rows", "ended_by_themselves")]
+    table = Table(title="chaos", padding=0)
+    for name in columns:
+        table.add_column(name.replace("_", " "), no_wrap=name == "scenario")
     for item in summaries:
         table.add_row(*(str(len(item[name]) if name == "seeds" else item[name]) for name in columns))
-    Console().print(table)
+    Console(width=max(WIDTH, Console().width)).print(table)
 
 
 def main(names: str, seed_count: str) -> int:
