@@ -48,6 +48,9 @@ bench-fuzz: .venv/.dev ## Feed the decoders with whatever hypothesis comes up wi
 chaos: .venv/.dev ## All faults with an oracle that counts, 40 minutes; SCENARIO=worker_killed,sink_frozen SEEDS=3
 	$(BIN)/python -m bench.chaos "$(SCENARIO)" "$(SEEDS)"
 
+bench-replay: .venv/.dev ## The replay against a plain loop and beside live load; the refill
+	$(BIN)/python -m bench.replay
+
 install: .venv/.dev ## Make .venv with everything for development
 
 clean: ## Remove .venv and caches

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import dead_letter_commands, operate, topic_admin
+from pipeline import dead_letter_commands, inspection_commands, replay_commands, topic_admin
 from pipeline.console import command_settings as _settings
 from pipeline.console import errors, printable
 from pipeline.console import run_job as _run
@@ -46,7 +46,8 @@ db_app = typer.Typer(help="The database's tables, as sql/migrations builds them.
 app.add_typer(topics_app, name="topics")
 app.add_typer(db_app, name="db")
 app.add_typer(dead_letter_commands.app, name="dead-letter")
-app.add_typer(operate.app)
+app.add_typer(replay_commands.app)
+app.add_typer(inspection_commands.app)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import Any
+from collections.abc import Awaitable, Sequence
+from typing import Annotated, Any
 
+import typer
 import uvloop
 from rich.console import Console
 
+from pipeline.errors import ConfigError, DecodeError
 from pipeline.logs import configure_logging
+from pipeline.report import canonical_agent_id
 from pipeline.settings import Settings, load_settings
 
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -33,3 +37,15 @@ def run_job(job: Awaitable[Any]) -> Any:
 def printable(text: str, limit: int | None = None) -> str:
     """Make foreign text harmless on a terminal: no control characters, one line."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[:limit])
+
+
+def canonical_agents(agents: Sequence[str] | None, *, name: str = "--agent") -> frozenset[str]:
+    """Read agent ids as they were given; `name` is what the error calls them.
+
+    Raises:
+        ConfigError: one is no UUID.
+    """
+    try:
+        return frozenset(canonical_agent_id(text) for text in agents or ())
+    except DecodeError as error:
+        raise ConfigError(f"{name}: {error}") from None

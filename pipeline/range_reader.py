@@ -57,6 +57,8 @@ class RangeReader:
                 "enable.auto.offset.store": False,
                 "enable.partition.eof": True,
                 "auto.offset.reset": "earliest",  # retention may overtake a slow reader
+                # At a partition's end a fetch waits so long for more, and the next partition waits behind it.
+                "fetch.wait.max.ms": 10,
                 # Else librdkafka pauses for a second whenever 100,000 small messages wait.
                 "queued.min.messages": 1_000_000,
                 "queued.max.messages.kbytes": _BUFFER_KILOBYTES,

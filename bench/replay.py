@@ -1,0 +1,205 @@
+"""The replay against a plain consumer loop, what it does to live reports, and how long a refill takes.
+
+The plain loop consumes, decodes and keeps the latest (bench/plain.py); ours is `agent-metadata replay`, which finds its
+range, folds by the worker's rules and writes the rows, on the same entries (BENCH_ENTRIES, 10,000,000), ten a report.
+Freshness is the time from a report to its row's NOTIFY, of 500 live reports a second in windows of 1 s, without and
+with replays running. The refill writes 1,000,000 pairs into an empty table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+from confluent_kafka import Producer
+
+from bench import harness, worker
+from bench.end_to_end import expect, wait_until_right
+from pipeline.batch import Batch, Source, Window, encode_batch
+from pipeline.local import start_services
+from pipeline.migrations import migrate
+from pipeline.simulate import agent_id
+
+ENTRIES, SHAPE = int(os.environ.get("BENCH_ENTRIES", "10000000")), 10
+RUNS = 3
+LIVE_AGENTS, WATCHED, LIVE_SECONDS = 500, 20, 30.0
+REFILL_AGENTS, REFILL_KEYS, BATCH_SIZE = 100_000, 10, 500
+
+
+def plain(**options: Any) -> None:
+    """The loop at the replay's own niceness, so that both get the same share of the machine."""
+    os.nice(10)
+    worker.plain(**options)
+
+
+def command(environment: dict[str, str], *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments, "--json"],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary
+
+
+def start(environment: dict[str, str], *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *arguments], env={**os.environ, **environment}, text=True, **options
+    )
+
+
+async def empty(url: str) -> None:
+    connection = await asyncpg.connect(url)
+    await connection.execute("delete from workspace_agent_metadata")
+    await connection.execute("vacuum workspace_agent_metadata")
+    await connection.close()
+
+
+def replayed(environment: dict[str, str], url: str) -> float:
+    asyncio.run(empty(url))
+    dry = command(environment, "replay", "--from", "1d ago", "--dry-run")
+    done = command(environment, "replay", "--from", "1d ago")
+    differing = {name for name in done if done[name] != dry[name]} - {"dry_run", "from", "seconds"}
+    assert not differing, (dry, done)
+    assert done["changed"] == harness.AGENTS * harness.KEYS
+    asyncio.run(wait_until_right(url))
+    return float(done["entries"] / done["seconds"])
+
+
+def freshness(environment: dict[str, str], while_running: Any) -> list[float]:
+    """Return seconds from report to NOTIFY, as a listener sees them, for as long as `while_running()` takes."""
+    watched = [str(agent_id(number)) for number in range(WATCHED)]
+    watching = start(environment, "watch", *watched, "--json", stdout=subprocess.PIPE)
+    try:
+        while_running()
+    finally:
+        watching.terminate()
+    assert watching.stdout is not None
+    changes = [json.loads(line) for line in watching.stdout if line.endswith("}\n")]
+    watching.wait()
+    told = [change for change in changes if change["notified_at"] is not None]
+    return [change["notified_at"] - datetime.fromisoformat(change["collected_at"]).timestamp() for change in told]
+
+
+def live(environment: dict[str, str]) -> dict[str, list[float]]:
+    running = start({**environment, "AGENT_METADATA_WINDOW_SECONDS": "1"}, "run", stderr=subprocess.DEVNULL)
+    load = start(
+        environment,
+        *("produce", "--agents", str(LIVE_AGENTS), "--interval", "1", "--duration", "3600"),
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 600
+        while json.loads(status(environment))["problems"]:  # until the backlog is folded and applied
+            assert time.monotonic() < deadline
+            time.sleep(1)
+
+        def replays() -> None:
+            end = time.monotonic() + LIVE_SECONDS
+            while time.monotonic() < end:
+                command(environment, "replay", "--from", "1d ago")
+
+        return {
+            "live_alone": freshness(environment, lambda: time.sleep(LIVE_SECONDS)),
+            "live_beside_replays": freshness(environment, replays),
+        }
+    finally:
+        for process in (load, running):
+            process.terminate()
+            process.wait()
+
+
+def status(environment: dict[str, str]) -> str:
+    arguments = [sys.executable, "-m", "pipeline", "status", "--json", "--max-lag", "3"]
+    return subprocess.run(arguments, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True).stdout
+
+
+def fill_batches(servers: str, topic: str) -> None:
+    harness.create_topic(servers, topic)
+    producer = Producer({"bootstrap.servers": servers, "compression.type": "lz4", "linger.ms": 20})
+    us = round(time.time() * 1e6)
+    agents = harness.agent_ids(REFILL_AGENTS)
+    for partition in range(harness.PARTITIONS):
+        own = sorted(agents[partition :: harness.PARTITIONS])
+        pairs = [(agent, f"key{key:02}") for agent in own for key in range(REFILL_KEYS)]
+        for number, first in enumerate(range(0, len(pairs), BATCH_SIZE)):
+            part = pairs[first : first + BATCH_SIZE]
+            columns = [[pair[0] for pair in part], [pair[1] for pair in part], ["12.3%"] * len(part)]
+            source = Source("events", "events", partition, number, number)
+            batch = Batch(source, Window(0, 1), "scheduled", 1, 1, *columns, [""] * len(part), [us] * len(part))
+            producer.produce(topic, encode_batch(batch), partition=partition)
+        producer.flush()
+
+
+def refilled(environment: dict[str, str], url: str) -> float:
+    asyncio.run(truncate(url))
+    done = command(environment, "refill")
+    assert done["changed"] == REFILL_AGENTS * REFILL_KEYS
+    return float(done["seconds"])
+
+
+async def truncate(url: str) -> None:
+    connection = await asyncpg.connect(url)
+    await migrate(connection)
+    await connection.execute("truncate workspace_agent_metadata")
+    await connection.execute("checkpoint")
+    await connection.close()
+
+
+def main() -> None:
+    with start_services(say=harness.say) as services:
+        servers, url = services.bootstrap_servers, services.database_url
+        names = {role: f"{role}-{uuid.uuid4().hex[:4]}" for role in ("events", "batches", "dead_letter")}
+        environment = {
+            "KAFKA_BOOTSTRAP_SERVERS": servers,
+            "DATABASE_URL": url,
+            "AGENT_METADATA_LOG_FORMAT": "json",
+            **{f"AGENT_METADATA_{role.upper()}_TOPIC": name for role, name in names.items()},
+        }
+        harness.create_topic(servers, names["dead_letter"], 1)
+        harness.create_topic(servers, names["batches"])
+        harness.say(f"producing {ENTRIES:,} entries")
+        newest = harness.fill_events(servers, names["events"], entries=ENTRIES, entries_a_report=SHAPE)
+        asyncio.run(expect(url, newest))
+
+        def plain_loop() -> float:
+            side = harness.run_side("bench.replay", "plain", topic=names["events"], servers=servers, entries=ENTRIES)
+            return float(side["entries"] / side["seconds"])
+
+        figures = harness.in_turn({"plain": plain_loop, "ours": lambda: replayed(environment, url)}, RUNS)
+        ratios = {"replay_vs_plain_loop": harness.ratio(figures, "ours", "plain")}
+        for name, seconds in live(environment).items():
+            p99 = statistics.quantiles(seconds, n=100)[98]
+            harness.say(f"{name}: p99 freshness {p99:.2f} s of {len(seconds)}")
+            figures[f"{name}_p99_ms"] = [p99 * 1000]
+        ratios["p99_freshness_beside_replays"] = harness.ratio(
+            figures, "live_beside_replays_p99_ms", "live_alone_p99_ms"
+        )
+        refill_environment = {**environment, "AGENT_METADATA_BATCHES_TOPIC": f"refill-{uuid.uuid4().hex[:4]}"}
+        fill_batches(servers, refill_environment["AGENT_METADATA_BATCHES_TOPIC"])
+        figures["refill_1m_pairs_ms"] = [refilled(refill_environment, url) * 1000 for _ in range(RUNS)]
+        harness.report(
+            "replay",
+            unit="entries a second; milliseconds",
+            services=f"{services.broker}; {services.database}",
+            figures=figures,
+            ratios=ratios,
+            note=__doc__ or "",
+        )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    else:
+        plain(**json.loads(sys.argv[2]))
