@@ -6,7 +6,8 @@ SCENARIO ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-worker bench-sink bench-end-to-end bench-serve bench-fuzz chaos clean
+.PHONY: help install demo test check format bench bench-worker bench-sink bench-end-to-end bench-replay bench-memory \
+	bench-serve bench-fuzz chaos clean
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -50,6 +51,9 @@ chaos: .venv/.dev ## All faults with an oracle that counts, 40 minutes; SCENARIO
 
 bench-replay: .venv/.dev ## The replay against a plain loop and beside live load; the refill
 	$(BIN)/python -m bench.replay
+
+bench-memory: .venv/.dev ## Peak memory of worker and sink with 2,000,000 pairs in flight and a backlog
+	$(BIN)/python -m bench.memory
 
 install: .venv/.dev ## Make .venv with everything for development
 
