@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from datetime import datetime
@@ -79,14 +80,15 @@ def replayed(environment: dict[str, str], url: str) -> float:
 def freshness(environment: dict[str, str], while_running: Any) -> list[float]:
     """Return seconds from report to NOTIFY, as a listener sees them, for as long as `while_running()` takes."""
     watched = [str(agent_id(number)) for number in range(WATCHED)]
-    watching = start(environment, "watch", *watched, "--json", stdout=subprocess.PIPE)
-    try:
-        while_running()
-    finally:
-        watching.terminate()
-    assert watching.stdout is not None
-    changes = [json.loads(line) for line in watching.stdout if line.endswith("}\n")]
-    watching.wait()
+    with tempfile.TemporaryFile("w+") as lines:  # a pipe would fill up
+        watching = start(environment, "watch", *watched, "--json", stdout=lines)
+        try:
+            while_running()
+        finally:
+            watching.terminate()
+            watching.wait()
+        lines.seek(0)
+        changes = [json.loads(line) for line in lines if line.endswith("}\n")]
     told = [change for change in changes if change["notified_at"] is not None]
     return [change["notified_at"] - datetime.fromisoformat(change["collected_at"]).timestamp() for change in told]
 
