@@ -367,3 +367,16 @@ async def test_ping_says_whether_postgres_answers(store):
     await store.close()
     with pytest.raises(ServiceUnavailable):
         await store.ping()
+
+
+@pytest.mark.parametrize("bad", ["not-a-uuid", "", "zzzzzzzz-0000-0000-0000-000000000000"])
+async def test_apply_row_that_the_client_library_refuses_costs_itself_alone(store, connection, bad):
+    rejected = []
+
+    async def reject(row, error):
+        rejected.append(row.agent_id)
+        return acknowledged()
+
+    await asyncio.wait_for(apply(store, (0, batch(row(bad), row())), reject=reject), 20)
+    assert rejected == [bad]
+    assert len(await table(connection)) == 1
