@@ -158,9 +158,9 @@ async def test_listener_counts_what_it_hears_and_how_old_it_is(connection, setti
             registry.get_sample_value(f"agent_metadata_freshness_seconds_{name}", {"hop": "notified"})
             for name in ("count", "sum")
         )
+        await write(connection, A1, "newer, and nobody is told", at=collected_s_after_t0)
         await cut_others(connection)
-        await write(connection, A1, "newer", at=collected_s_after_t0)
-        await heard.next()
+        await heard.next()  # read after the cut
     assert count == 1
     assert 99 < total < 200
     counted = [
