@@ -80,6 +80,15 @@ class BatchConsumer:
         self._thread: asyncio.Task[None] | None = None
         self._polled_at = time.monotonic()
         self.is_assigned = False
+        self._out_since: float | None = time.monotonic()  # None: a member of the group
+
+    def seconds_out_of_group(self) -> float:
+        """Return for how long the group has not counted this consumer in, with partitions or without; from any thread.
+
+        After a broker's restart librdkafka may never find its coordinator again: its own requests time out unsent.
+        """
+        since = self._out_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def why_stuck(self, stuck_seconds: float) -> str | None:
         """Say for how long the consumer's thread has not polled, if that is too long; from any thread."""
@@ -251,6 +260,7 @@ class BatchConsumer:
             self._is_paused = is_full
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._out_since = None
         # Nothing is fetched before Postgres has said where to begin: Kafka's own offsets are for lag tools.
         consumer.assign([])
         numbers = [partition.partition for partition in partitions]
@@ -261,6 +271,7 @@ class BatchConsumer:
             self._awaited.cancel()
             self._awaited = None
         self.is_assigned = False
+        self._out_since = time.monotonic()
         numbers = [partition.partition for partition in partitions]
         self._loop.call_soon_threadsafe(self._begin, {})
         self._loop.call_soon_threadsafe(self._on_lost, numbers)

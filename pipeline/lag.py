@@ -68,6 +68,7 @@ class LagWatch:
         self._looked_at = clock.now()
         self._stuck: str | None = None
         self._away_since: float | None = None
+        self._answers_since: float | None = None
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -88,10 +89,12 @@ class LagWatch:
                 offsets = await self._offsets(sorted(positions) or [0])
         except (PipelineError, TimeoutError):
             self._away_since = self._away_since or asked_at
+            self._answers_since = None
             self._still_seconds.clear()  # what stands still now waits for Kafka
             self._stuck = None
             return
         self._away_since = None
+        self._answers_since = self._answers_since or asked_at
         lags = {}
         for partition in positions.keys() & offsets.keys():
             position, (earliest, end) = positions[partition], offsets[partition]
@@ -114,6 +117,10 @@ class LagWatch:
     def seconds_away(self) -> float:
         """Return for how long Kafka has not answered; 0 if it does."""
         return 0.0 if self._away_since is None else self._clock.now() - self._away_since
+
+    def seconds_answering(self) -> float:
+        """Return for how long Kafka has answered every look; 0 if it doesn't now."""
+        return 0.0 if self._answers_since is None else self._clock.now() - self._answers_since
 
     def _time_standstill(self, partition: int, position: Position, is_behind: bool, elapsed: float) -> None:
         has_moved = self._reached.get(partition) != position.reached

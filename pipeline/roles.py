@@ -160,7 +160,17 @@ async def run_sink(settings: Settings) -> None:
     heartbeat = Heartbeat(settings.stuck_seconds)
 
     def why_not_live() -> str | None:
-        return heartbeat.why_stuck() or consumer.why_stuck(settings.stuck_seconds) or lag.why_stuck()
+        out = min(consumer.seconds_out_of_group(), lag.seconds_answering())
+        return (
+            heartbeat.why_stuck()
+            or consumer.why_stuck(settings.stuck_seconds)
+            or lag.why_stuck()
+            or (
+                f"out of its consumer group for {out:.0f} s although Kafka answers"
+                if out > settings.stuck_seconds
+                else None
+            )
+        )
 
     serve_health(
         settings.metrics_port,

@@ -220,6 +220,7 @@ class Run:
             await server.execute(f"create database {self.database}{where}")
         url = urlsplit(self.services.postgres.database_url)._replace(path=f"/{self.database}").geturl()
         settings = {
+            "stuck_seconds": 30,  # so that what a watchdog has to end is over before the wait for lag 0 is
             "window_seconds": 0.3,
             "batch_size": 40,
             "session_timeout_seconds": SESSION_TIMEOUT_SECONDS,

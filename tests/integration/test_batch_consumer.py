@@ -166,3 +166,15 @@ async def test_topic_made_anew_under_it_ends_the_consumer_before_anything_of_it_
         with pytest.raises(TopicMismatch, match="was made anew"):
             await asyncio.wait_for(reader.consuming_task, 60)
     assert reader.offsets == [0, 1]
+
+
+@pytest.mark.services
+async def test_member_without_partitions_is_in_its_group_and_one_that_kafka_does_not_know_is_not(deploy):
+    settings = (await deploy(partitions=1)).settings
+    readers = [Reader(), Reader()]
+    async with readers[0].consuming(settings) as one, readers[1].consuming(settings) as other:
+        assert one.seconds_out_of_group() > 0
+        await eventually("both are in", lambda: one.seconds_out_of_group() == other.seconds_out_of_group() == 0)
+    nowhere = settings.model_copy(update={"kafka_bootstrap_servers": "127.0.0.1:1"})
+    async with Reader().consuming(nowhere) as alone:
+        await eventually("it is out for a second", lambda: alone.seconds_out_of_group() > 1)

@@ -193,3 +193,15 @@ async def test_outage_of_kafka_is_noticed_without_partitions_too(topic):
     topic.is_away = False
     await topic.watch.look()
     assert topic.watch.why_away() is None
+
+
+async def test_kafka_answers_since_its_first_answer_after_an_outage(topic):
+    assert topic.watch.seconds_answering() == 0
+    await topic.pass_time(10)
+    assert topic.watch.seconds_answering() == 10
+    topic.is_away = True
+    await topic.pass_time(10)
+    assert topic.watch.seconds_answering() == 0
+    topic.is_away = False
+    await topic.pass_time(4)
+    assert topic.watch.seconds_answering() == 4
