@@ -118,7 +118,8 @@ async def test_broker_that_is_stopped_is_an_outage_which_worker_and_sink_wait_ou
             finally:
                 os.kill(kafka.pid, signal.SIGCONT)
             report(pipeline, 2)
-            await eventually("rows are right", lambda: values_are(pipeline, "2"))
+            # Kafka's clients take up to their request timeout, 40 s, to give a connection up that was silent.
+            await eventually("rows are right", lambda: values_are(pipeline, "2"), 180)
             for role, port in ports.items():
                 await eventually(f"{role} is ready again", lambda p=port: ask(p, "/ready")[0] == 200)
             assert [process.poll() for process in processes] == [None, None]

@@ -333,6 +333,7 @@ def test_second_signal_ends_at_once_and_what_was_read_is_read_again(
     assert seconds < 5
     assert "Traceback" not in running.said
     with Running(environment, "run") as running, Running(environment, "watch", A1) as watching:
+        running.wait_for("worker_started", "sink_started")
         watching.wait_for("12%")
         assert running.stop(signal.SIGTERM)[0] == 0
 

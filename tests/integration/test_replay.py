@@ -191,6 +191,7 @@ async def test_replay_beside_live_load_moves_no_row_back_and_touches_neither_gro
     await pipeline.started("worker")
     await pipeline.started("sink")
     await pipeline.wait_for(old)
+    await eventually("the worker has committed", lambda: min(committed(pipeline).values()) > 0)
     before = committed(pipeline), await progress(pipeline)
     await replay(pipeline, "--from", "3h ago")
     assert (committed(pipeline), await progress(pipeline)) == before
