@@ -9,12 +9,10 @@ import uuid
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 
-import asyncpg
 import pytest
 
 from pipeline.agent_ids import NOTIFY_CHANNEL, encode_agent_id
 from pipeline.local.process import free_port
-from pipeline.migrations import migrate
 from tests.deployment import eventually
 from tests.serving import get, watching
 
@@ -67,14 +65,6 @@ def serve(database_url, tmp_path):
         if server.process.poll() is None:
             server.process.kill()
         server.process.wait()
-
-
-@pytest.fixture
-async def connection(database_url):
-    connection = await asyncpg.connect(database_url)
-    await migrate(connection)
-    yield connection
-    await connection.close()
 
 
 async def change(connection, agent_id, key, value):

@@ -11,7 +11,6 @@ from pipeline import store as store_module
 from pipeline.agent_ids import MAX_IDS_PER_PAYLOAD, NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.batch import Batch, Row, Source, Window
 from pipeline.errors import ConfigError, ProgressGap, SchemaMismatch, ServiceUnavailable
-from pipeline.migrations import migrate
 from pipeline.postgres_errors import translated_errors
 from pipeline.store import PartitionId, Received, Store
 
@@ -34,14 +33,6 @@ def row(agent_id=A1, key="k", value="v", error="", at=0):
 
 async def refuse_nothing(row, error):
     raise AssertionError(f"{row} was rejected: {error}")
-
-
-@pytest.fixture
-async def connection(database_url):
-    connection = await asyncpg.connect(database_url)
-    await migrate(connection)
-    yield connection
-    await connection.close()
 
 
 @asynccontextmanager
