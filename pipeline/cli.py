@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import dead_letter_commands, inspection_commands, replay_commands, topic_admin
+from pipeline.connections import connected, listener, require_sessions
+from pipeline.console import EXIT_FAILURE, EXIT_USAGE, JsonOption, errors, printable
 from pipeline.console import command_settings as _settings
-from pipeline.console import errors, printable
 from pipeline.console import run_job as _run
 from pipeline.demo import DemoOptions, run_demo
 from pipeline.errors import ConfigError, DecodeError, PipelineError
@@ -26,13 +27,11 @@ from pipeline.logs import configure_logging
 from pipeline.migrations import migrate, migration_status
 from pipeline.producer import MetadataProducer
 from pipeline.report import Report, canonical_agent_id, decode_report
-from pipeline.roles import connected, listener, require_sessions, run_serve, run_sink, run_worker
+from pipeline.roles import run_sink, run_worker
+from pipeline.serve_role import run_serve
 from pipeline.settings import Settings, describe_settings
 from pipeline.simulate import Oracle, reports, send_at_pace
 from pipeline.supervise import Supervisor
-
-EXIT_FAILURE: Final = 1
-EXIT_USAGE: Final = 2
 
 app = typer.Typer(
     help="Carries live agent metadata from Kafka to Postgres and on to listeners. Settings come from the environment: "
@@ -48,8 +47,6 @@ app.add_typer(db_app, name="db")
 app.add_typer(dead_letter_commands.app, name="dead-letter")
 app.add_typer(replay_commands.app)
 app.add_typer(inspection_commands.app)
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 def main() -> None:
@@ -136,7 +133,7 @@ def _print_change(change: Change) -> None:
         "collected_at": change.collected_at.isoformat(),
         "notified_at": change.notified_at,
     }
-    print(json.dumps(line), flush=True)  # noqa: T201  # the command's output
+    print(json.dumps(line), flush=True)  # the command's output
 
 
 class _LiveTable:
@@ -205,7 +202,7 @@ def produce(
             simulated = reports(agents=agents, keys=keys, interval_seconds=interval, duration_seconds=duration)
             counts = _simulate(producer, simulated, oracle)
         counts["not_acknowledged"] = producer.close()
-    print(json.dumps(counts) if as_json else ", ".join(f"{n} {name}" for name, n in counts.items()))  # noqa: T201
+    print(json.dumps(counts) if as_json else ", ".join(f"{n} {name}" for name, n in counts.items()))
     if counts["not_acknowledged"] or counts.get("dropped") or counts.get("refused"):
         raise PipelineError("some reports were not accepted: see above")
 
@@ -286,7 +283,7 @@ def demo(
     options = DemoOptions(agents, keys, interval, window, seconds, services, serve)
     summary = run_demo(options, console=errors)
     if as_json:
-        print(json.dumps(summary))  # noqa: T201
+        print(json.dumps(summary))
     else:
         table = Table("demo", "", show_header=False)
         for name, value in summary.items():
@@ -301,11 +298,11 @@ def config(as_json: JsonOption = False) -> None:
     """Print the settings in force and where each comes from: environment, file or default. Secrets are masked."""
     described = describe_settings(_settings())
     if as_json:
-        print(json.dumps({variable: {"value": value, "origin": origin} for variable, value, origin in described}))  # noqa: T201
+        print(json.dumps({variable: {"value": value, "origin": origin} for variable, value, origin in described}))
         return
     width = max(len(variable) for variable, _, _ in described)
     for variable, value, origin in described:
-        print(f"{variable:{width}}  {value}  ({origin})")  # noqa: T201
+        print(f"{variable:{width}}  {value}  ({origin})")
 
 
 @topics_app.command("create")
@@ -314,7 +311,7 @@ def topics_create() -> None:
     settings = _settings()
     specs = topic_admin.load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
     created = topic_admin.create_topics(settings.client_config(), specs)
-    print("\n".join(f"created {name}" for name in created) or "all topics exist")  # noqa: T201
+    print("\n".join(f"created {name}" for name in created) or "all topics exist")
 
 
 @topics_app.command("diff")
@@ -324,13 +321,13 @@ def topics_diff(as_json: JsonOption = False) -> None:
     specs = topic_admin.load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
     differences = topic_admin.diff_topics(settings.client_config(), specs)
     if as_json:
-        print(msgspec.json.encode(differences).decode())  # noqa: T201
+        print(msgspec.json.encode(differences).decode())
     for item in () if as_json else differences:
-        print(f"{item.topic}: {item.field} is {item.actual}, declared {item.declared}")  # noqa: T201
+        print(f"{item.topic}: {item.field} is {item.actual}, declared {item.declared}")
     if differences:
         raise typer.Exit(EXIT_FAILURE)
     if not as_json:
-        print("the cluster's topics are as declared")  # noqa: T201
+        print("the cluster's topics are as declared")
 
 
 @db_app.command("migrate")
@@ -343,7 +340,7 @@ def db_migrate() -> None:
             return await migrate(connection, unlogged=settings.unlogged)
 
     applied = _run(job())
-    print("\n".join(f"applied {name}" for name in applied) or "the database is up to date")  # noqa: T201
+    print("\n".join(f"applied {name}" for name in applied) or "the database is up to date")
 
 
 @db_app.command("status")
@@ -357,9 +354,9 @@ def db_status(as_json: JsonOption = False) -> None:
 
     status = _run(job())
     if as_json:
-        print(msgspec.json.encode(status).decode())  # noqa: T201
+        print(msgspec.json.encode(status).decode())
     for item in () if as_json else status:
         state = "changed since it was applied" if item.changed else (item.applied_at or "MISSING")
-        print(f"{item.name}: {state}")  # noqa: T201
+        print(f"{item.name}: {state}")
     if any(item.applied_at is None or item.changed for item in status):
         raise typer.Exit(EXIT_FAILURE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 import uvloop
@@ -13,6 +13,9 @@ from pipeline.errors import ConfigError, DecodeError
 from pipeline.logs import configure_logging
 from pipeline.report import canonical_agent_id
 from pipeline.settings import Settings, load_settings
+
+EXIT_FAILURE: Final = 1
+EXIT_USAGE: Final = 2
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 errors = Console(stderr=True, soft_wrap=True, highlight=False)

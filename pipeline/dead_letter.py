@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from pipeline.batch import Row, decode_batch
 from pipeline.errors import DecodeError
@@ -82,8 +82,7 @@ class DeadLetter(NamedTuple):
     @property
     def source(self) -> str:
         """Where the record was, as topic[partition]@offset."""
-        place = (self.said.get(name, "?") for name in ("topic", "partition", "offset"))
-        return "{}[{}]@{}".format(*place)
+        return source_text(*(self.said.get(name, "?") for name in ("topic", "partition", "offset")))
 
     @property
     def agent(self) -> str:
@@ -120,6 +119,23 @@ def read_dead_letter(
         if name.startswith(_PREFIX)
     }
     return DeadLetter(partition, offset, appended_ms, key, value, original, said)
+
+
+def dead_letter_of(message: Any) -> DeadLetter:
+    """Read a message of the dead-letter topic, as confluent-kafka gives it."""
+    return read_dead_letter(
+        partition=message.partition(),
+        offset=message.offset(),
+        appended_ms=message.timestamp()[1],
+        key=message.key(),
+        value=message.value(),
+        headers=message.headers() or (),
+    )
+
+
+def source_text(topic: str, partition: int | str, offset: int | str) -> str:
+    """Write where a record is, as topic[partition]@offset."""
+    return f"{topic}[{partition}]@{offset}"
 
 
 class _Original(NamedTuple):

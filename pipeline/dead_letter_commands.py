@@ -11,14 +11,13 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.console import command_settings, errors, printable, run_job
+from pipeline.console import JsonOption, command_settings, errors, printable, run_job
 from pipeline.dead_letter import DeadLetter, when
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.redrive import Filter, dead_letters, redrive
 
 app = typer.Typer(help="What could not be used: look at it, and give it another try.", no_args_is_help=True)
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 AgentOption = Annotated[str | None, typer.Option("--agent", help="Only this agent's (by the record key).")]
 StageOption = Annotated[str | None, typer.Option("--stage", help="Only what this refused: worker or sink.")]
 ReasonOption = Annotated[str | None, typer.Option("--reason", help="Only where the reason holds this text.")]
@@ -40,7 +39,7 @@ def list_letters(
         for letter in dead_letters(settings, chosen, on_progress=on_progress):
             count += 1
             if as_json:
-                print(json.dumps(_letter_json(letter)))  # noqa: T201
+                print(json.dumps(_letter_json(letter)))
             else:
                 shown.append(letter)
     if as_json:
@@ -48,8 +47,8 @@ def list_letters(
     for letter in shown:
         place = f"{letter.partition}:{letter.offset}"
         text = f"{place}  {when(letter.timestamp_ms)}  {letter.stage}  {letter.agent or '-'}  {letter.reason}"
-        print(printable(text, limit=300))  # noqa: T201
-    print(f"{count} dead letters" + (f", the last {limit} shown" if count > limit else ""))  # noqa: T201
+        print(printable(text, limit=300))
+    print(f"{count} dead letters" + (f", the last {limit} shown" if count > limit else ""))
 
 
 @app.command()
@@ -63,7 +62,7 @@ def show(
     if letter is None:
         raise PipelineError(f"{settings.dead_letter_topic} holds nothing at {place[0]}:{place[1]}; see `list`")
     if as_json:
-        print(json.dumps(_letter_json(letter)))  # noqa: T201
+        print(json.dumps(_letter_json(letter)))
         return
     lines = {
         "was": letter.source,
@@ -77,7 +76,7 @@ def show(
         "value": "none (a tombstone)" if letter.value is None else letter.value.decode(errors="backslashreplace"),
     }
     for name, text in lines.items():
-        print(f"{name + ':':15}{printable(text)}")  # noqa: T201
+        print(f"{name + ':':15}{printable(text)}")
 
 
 @app.command("redrive")
@@ -115,9 +114,9 @@ def redrive_letters(
             )
         )
     if as_json:
-        print(json.dumps({**done._asdict(), "dry_run": dry_run}))  # noqa: T201
+        print(json.dumps({**done._asdict(), "dry_run": dry_run}))
         return
-    print(  # noqa: T201
+    print(
         f"{'would redrive' if dry_run else 'redriven'} {done.redriven} of {done.matched} dead letters; "
         f"{done.refused} would be refused again, {done.duplicates} say the same as another, "
         f"{done.came_back} came back too often"

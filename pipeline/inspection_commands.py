@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Final
+from typing import Annotated
 
 import msgspec
 import typer
@@ -11,18 +11,16 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
-from pipeline.console import JsonOption, canonical_agents, command_settings, errors, run_job
+from pipeline.connections import connected
+from pipeline.console import EXIT_FAILURE, JsonOption, canonical_agents, command_settings, errors, run_job
 from pipeline.errors import ConfigError
 from pipeline.inspection import gather_status
 from pipeline.migrations import require_schema
-from pipeline.roles import connected
 from pipeline.settings import Settings
 from pipeline.shadow import ShadowDiff, shadow_diff
 from pipeline.status import Status
 from pipeline.tracing import trace
 from pipeline.why import Found, explain
-
-EXIT_FAILURE: Final = 1
 
 app = typer.Typer()
 shadow_app = typer.Typer(
@@ -53,7 +51,7 @@ def status(
     found, problems = run_job(_status(settings, max_lag, stale_after, metrics or _own_metrics(settings)))
     if as_json:
         answer = {"healthy": not problems, "problems": problems, **msgspec.structs.asdict(found)}
-        print(msgspec.json.encode(answer).decode())  # noqa: T201
+        print(msgspec.json.encode(answer).decode())
     else:
         _show_status(found, problems, stale_after)
     if problems:
@@ -133,7 +131,7 @@ def why(
     verdict, said = explain(found)
     if as_json:
         answer = {"verdict": verdict, "explanation": said, **msgspec.structs.asdict(found)}
-        print(msgspec.json.encode(answer).decode())  # noqa: T201
+        print(msgspec.json.encode(answer).decode())
     else:
         _show_trace(settings, found, verdict, said)
     if verdict not in ("held", "row_newer"):
@@ -165,7 +163,7 @@ def _show_trace(settings: Settings, found: Found, verdict: str, said: str) -> No
     if row is not None:
         lines["row"] = _entry(row.value, row.error, row.collected_at)
     for name, text in (*lines.items(), (verdict, said)):
-        print(f"{name + ':':12} {text}")  # noqa: T201
+        print(f"{name + ':':12} {text}")
 
 
 def _entry(value: str, error: str, collected_at: datetime | None) -> str:
@@ -194,7 +192,7 @@ def shadow_diff_command(
 
     found = run_job(job())
     if as_json:
-        print(msgspec.json.encode(found).decode())  # noqa: T201
+        print(msgspec.json.encode(found).decode())
     else:
         for label, count in (
             ("the same", found.same),
@@ -203,9 +201,9 @@ def shadow_diff_command(
             ("only in the shadow", found.only_shadow),
             (f"changed in the last {settle:g} s, left out", found.unsettled),
         ):
-            print(f"{label:40} {count:>12,}")  # noqa: T201
+            print(f"{label:40} {count:>12,}")
         for pair in found.pairs:
             sides = (f"{side} {(pair[f'{side}_value'] or '')[:60]!a}" for side in ("live", "shadow"))
-            print(f"{pair['agent_id']} {pair['key']!a}: {', '.join(sides)}")  # noqa: T201
+            print(f"{pair['agent_id']} {pair['key']!a}: {', '.join(sides)}")
     if found.different or found.only_live:
         raise typer.Exit(EXIT_FAILURE)

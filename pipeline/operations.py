@@ -23,14 +23,14 @@ _ANSWER_SECONDS: Final = 10.0
 _log = structlog.get_logger(__name__)
 
 
-async def require_all_topics(settings: Settings) -> dict[str, TopicFacts]:
+async def require_all_topics(settings: Settings, timeout_s: float = _ANSWER_SECONDS) -> dict[str, TopicFacts]:
     """Return what the topics are, by role.
 
     Raises:
-        TopicMismatch, ServiceUnavailable: one is missing, or Kafka does not answer.
+        TopicMismatch, ServiceUnavailable: one is missing, or Kafka does not answer within `timeout_s`.
     """
     specs = load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
-    return await asyncio.to_thread(require_topics, settings.client_config(), specs, timeout_s=_ANSWER_SECONDS)
+    return await asyncio.to_thread(require_topics, settings.client_config(), specs, timeout_s=timeout_s)
 
 
 def nothing_happened(_: int) -> None:

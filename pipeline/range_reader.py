@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -137,6 +137,14 @@ class RangeReader:
         elif time.monotonic() - self._heard_at > _SILENCE_SECONDS:
             raise ServiceUnavailable(f"Kafka sent no record of {self.topic} for {_SILENCE_SECONDS:g} s; is it up?")
         return records
+
+    def records(self, wanted: OffsetRange, on_read: Callable[[int], None]) -> Iterator[Message]:
+        """Open a range and iterate all of its records; `on_read` is told after each read how many there were."""
+        self.open(wanted)
+        while not self.is_done:
+            messages = self.read()
+            yield from messages
+            on_read(len(messages))
 
     def _at_time(self, marks: Mapping[int, tuple[int, int]], moment_ms: int) -> dict[int, int]:
         """Return, by partition, the offset of the first record that was appended at this time or later."""

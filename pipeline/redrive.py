@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
-from confluent_kafka import Message
-
-from pipeline.dead_letter import REDRIVES_HEADER, DeadLetter, read_dead_letter, restore
+from pipeline.dead_letter import REDRIVES_HEADER, DeadLetter, dead_letter_of, restore
 from pipeline.errors import DecodeError, PipelineError, TopicMismatch
 from pipeline.kafka_admin import KafkaAdmin
 from pipeline.publisher import Publisher
@@ -74,31 +72,23 @@ def dead_letters(
         partitions = admin.cluster(_ANSWER_SECONDS).partitions.get(topic)
     if partitions is None:
         raise TopicMismatch(f"the cluster lacks {topic}: run `agent-metadata topics create`")
-    reader, done = RangeReader(settings.client_config(), topic), 0
+    reader = RangeReader(settings.client_config(), topic)
     try:
         ranges = reader.between(range(partitions), None, None)
-        total = sum(item.end - item.start for item in ranges)
+        total, done = sum(item.end - item.start for item in ranges), 0
+
+        def on_read(records: int) -> None:
+            nonlocal done
+            done += records
+            on_progress(done, total)
+
         for item in ranges:
-            reader.open(item)
-            while not reader.is_done:
-                for letter in map(_letter, reader.read()):
-                    if chosen.matches(letter):
-                        yield letter
-                on_progress(done + reader.position - item.start, total)
-            done += item.end - item.start
+            for message in reader.records(item, on_read):
+                letter = dead_letter_of(message)
+                if chosen.matches(letter):
+                    yield letter
     finally:
         reader.close()
-
-
-def _letter(message: Message) -> DeadLetter:
-    return read_dead_letter(
-        partition=message.partition(),
-        offset=message.offset(),
-        appended_ms=message.timestamp()[1],
-        key=message.key(),
-        value=message.value(),
-        headers=message.headers() or (),
-    )
 
 
 async def redrive(

@@ -14,6 +14,7 @@ import msgspec
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.connections import connected
 from pipeline.console import JsonOption, canonical_agents, command_settings, errors, run_job
 from pipeline.errors import ConfigError, ServiceUnavailable
 from pipeline.migrations import require_schema
@@ -23,7 +24,6 @@ from pipeline.processes import tune_garbage_collector
 from pipeline.range_reader import RangeReader
 from pipeline.replay import Filter, Interrupted, Replay, ReplaySource, Summary
 from pipeline.resume import Range, ReplayPlan, load_plan, save_plan
-from pipeline.roles import connected
 from pipeline.settings import Settings
 from pipeline.topic_admin import TopicFacts
 
@@ -150,8 +150,7 @@ class _Run:
             self._seconds = round(time.monotonic() - started, 3)
 
     async def _run_job(self, job: Replay) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, job.stop)
+        _stop_on_signals(job)
         tune_garbage_collector()
         try:
             await job.run(self._plan.left, self._plan.summary, self._done)
@@ -212,14 +211,19 @@ _LABELS: Final = {
 
 def _show(summary: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(msgspec.json.encode(summary).decode())  # noqa: T201
+        print(msgspec.json.encode(summary).decode())
         return
     labels = _LABELS | ({"changed": "rows that would change"} if summary["dry_run"] else {})
     width = max(map(len, labels.values()))
     for name, label in labels.items():
-        print(f"{label:{width}}  {summary[name]:>12,}")  # noqa: T201
+        print(f"{label:{width}}  {summary[name]:>12,}")
     rate = summary["records"] / max(summary["seconds"], 0.001)
-    print(f"{'seconds':{width}}  {summary['seconds']:>12,}  ({rate:,.0f} records a second)")  # noqa: T201
+    print(f"{'seconds':{width}}  {summary['seconds']:>12,}  ({rate:,.0f} records a second)")
+
+
+def _stop_on_signals(job: Replay) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, job.stop)
 
 
 def _progress() -> Progress:
@@ -260,11 +264,7 @@ async def _refill(settings: Settings) -> Summary | None:
     async with connected(settings) as connection:
         await require_schema(connection)
 
-    def stop_on_signals(job: Replay) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, job.stop)
-        tune_garbage_collector()
-
+    tune_garbage_collector()
     with _progress() as bar:
         task = bar.add_task("refilling", total=None)
         try:
@@ -272,7 +272,7 @@ async def _refill(settings: Settings) -> Summary | None:
                 settings,
                 on_found=lambda records: bar.update(task, total=records),
                 on_read=lambda records: bar.advance(task, records),
-                on_start=stop_on_signals,
+                on_start=_stop_on_signals,
             )
         except Interrupted:
             errors.print("interrupted; run it again to have the rest refilled", markup=False)

@@ -1,17 +1,11 @@
-"""Wire a worker, a sink, a server and a listener from settings: what runs in one process each."""
+"""Wire a worker and a sink from settings: what runs in one process each."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
-import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
-from uuid import UUID
 
-import asyncpg
 import structlog
 from confluent_kafka import Message
 from prometheus_client import CollectorRegistry
@@ -19,26 +13,23 @@ from prometheus_client import CollectorRegistry
 from pipeline.batch import Row
 from pipeline.batch_consumer import BatchConsumer
 from pipeline.clock import SystemClock
+from pipeline.connections import connected
 from pipeline.dead_letter import dead_letter_headers
-from pipeline.errors import ConfigError, PipelineError, RowRejected, ServiceUnavailable
+from pipeline.errors import PipelineError, RowRejected, ServiceUnavailable
 from pipeline.health import Heartbeat, Outage, exit_when_stuck, serve_health
 from pipeline.kafka_admin import KafkaAdmin
 from pipeline.lag import ANSWER_SECONDS, LagWatch, Position
-from pipeline.listener import MetadataListener
-from pipeline.live import LiveTable
 from pipeline.metrics import ConsumerMetrics, SinkMetrics, WorkerMetrics
 from pipeline.migrations import require_defaults, require_schema
-from pipeline.operations import refill
-from pipeline.pooling import leads_through_pool, shares_servers, statements_to_keep
-from pipeline.postgres_errors import translated_errors
-from pipeline.processes import tune_garbage_collector
+from pipeline.operations import refill, require_all_topics
+from pipeline.processes import on_stop_signals, tune_garbage_collector
 from pipeline.publisher import Publisher
 from pipeline.report import Entry, Report, encode_report
 from pipeline.settings import SHUTDOWN_SECONDS, Settings
 from pipeline.sink import Sink
-from pipeline.store import CONNECT_TIMEOUT_SECONDS, PartitionId, Received, Store, read_rows
+from pipeline.store import PartitionId, Received, Store
 from pipeline.table_watch import TableWatch
-from pipeline.topic_admin import TopicFacts, load_topic_specs, require_topics
+from pipeline.topic_admin import TopicFacts
 from pipeline.window import Rejected
 from pipeline.worker import Worker
 
@@ -46,12 +37,8 @@ from pipeline.worker import Worker
 START_TIMEOUT_SECONDS: Final = 8.0
 # As many transactions at once as bring more rows a second: measured on two cores, one more brings nothing.
 SINK_CONNECTIONS: Final = 2
-# For requests that read Postgres; streams need none.
-SERVE_CONNECTIONS: Final = 4
 # What matters was waited for before; this is for dead letters under way.
 _LAST_FLUSH_SECONDS: Final = 1.0
-# How much longer than that a stop may take to let go of all connections; `run` waits a second more.
-_OVERDUE_SECONDS: Final = 4.0
 # Kafka acknowledges a window within milliseconds, and large ones within a second or two.
 UNACKNOWLEDGED_SECONDS: Final = 10.0
 # How often the sink asks Postgres whether it is there, so that an idle one knows too.
@@ -67,7 +54,7 @@ async def run_worker(settings: Settings) -> None:
         ConfigError, ServiceUnavailable: it could not start.
         PipelineError: it failed; nothing unsafe was committed.
     """
-    topics = await _require_topics(settings)
+    topics = await require_all_topics(settings, START_TIMEOUT_SECONDS)
     registry = CollectorRegistry()
     metrics = WorkerMetrics(registry, settings.events_topic)
     publisher = Publisher(settings.client_config())
@@ -87,7 +74,7 @@ async def run_worker(settings: Settings) -> None:
         return await publisher.send(settings.dead_letter_topic, record.value, key=record.key, headers=headers)
 
     async def events_topic_id() -> str:
-        return (await _require_topics(settings))["events"].topic_id
+        return (await require_all_topics(settings, START_TIMEOUT_SECONDS))["events"].topic_id
 
     worker = Worker(
         settings,
@@ -113,7 +100,7 @@ async def run_worker(settings: Settings) -> None:
     )
     exit_when_stuck(why_not_live)
     watching = asyncio.create_task(watch.run())
-    _on_stop_signals(worker.stop)
+    on_stop_signals(worker.stop)
     tune_garbage_collector()
     _log.info("worker_started", group=settings.worker_group, topic=settings.events_topic)
     try:
@@ -139,7 +126,7 @@ async def run_sink(settings: Settings) -> None:
         ConfigError, ServiceUnavailable: it could not start.
         PipelineError: it failed; what it had not applied stays in Kafka.
     """
-    topics = await _require_topics(settings)
+    topics = await require_all_topics(settings, START_TIMEOUT_SECONDS)
     store = await _open_store(settings)
     stop = asyncio.Event()
     failures: list[BaseException] = []
@@ -159,18 +146,14 @@ async def run_sink(settings: Settings) -> None:
     metrics.consumer.outage_seconds.labels("postgres").set_function(lambda: max(sink.held_seconds, postgres.seconds()))
     heartbeat = Heartbeat(settings.stuck_seconds)
 
+    def why_out_of_group() -> str | None:
+        seconds = min(consumer.seconds_out_of_group(), lag.seconds_answering())
+        is_stuck = seconds > settings.stuck_seconds
+        return f"out of its consumer group for {seconds:.0f} s although Kafka answers" if is_stuck else None
+
     def why_not_live() -> str | None:
-        out = min(consumer.seconds_out_of_group(), lag.seconds_answering())
-        return (
-            heartbeat.why_stuck()
-            or consumer.why_stuck(settings.stuck_seconds)
-            or lag.why_stuck()
-            or (
-                f"out of its consumer group for {out:.0f} s although Kafka answers"
-                if out > settings.stuck_seconds
-                else None
-            )
-        )
+        stuck = heartbeat.why_stuck() or consumer.why_stuck(settings.stuck_seconds) or lag.why_stuck()
+        return stuck or why_out_of_group()
 
     serve_health(
         settings.metrics_port,
@@ -182,7 +165,7 @@ async def run_sink(settings: Settings) -> None:
     watching = [asyncio.create_task(job) for job in (lag.run(), table.run(), _ping(store, postgres))]
     for job in watching:
         job.add_done_callback(lambda task: None if task.cancelled() else fail(task.exception() or AssertionError()))
-    _on_stop_signals(stop.set)
+    on_stop_signals(stop.set)
     tune_garbage_collector()
     consuming = consumer.start()
     _log.info("sink_started", group=settings.sink_group, topic=settings.batches_topic)
@@ -269,7 +252,7 @@ def wire_sink(
         while True:
             try:
                 # Asked for anew each time: the topic may have been deleted and made anew since.
-                topic_id = (await _require_topics(settings))["batches"].topic_id
+                topic_id = (await require_all_topics(settings, START_TIMEOUT_SECONDS))["batches"].topic_id
                 return dict(await store.next_offsets(topic_id, partitions))
             except ServiceUnavailable as error:
                 _log.warning("waiting_to_begin", error=str(error))
@@ -327,149 +310,6 @@ def wire_sink(
     return consumer, sink
 
 
-@contextlib.asynccontextmanager
-async def connected(settings: Settings) -> AsyncIterator[Any]:
-    """Open one connection to the database and one transaction on it, for a command: also through a pool.
-
-    Raises:
-        ServiceUnavailable, ConfigError: it can't be reached, or refuses us.
-    """
-    connection = await connect(settings)
-    transaction = connection.transaction()
-    try:
-        async with translated_errors("beginning"):
-            await transaction.start()
-        yield connection
-        async with translated_errors("committing"):
-            await transaction.commit()
-    finally:
-        await connection.close()  # which undoes what is not committed
-
-
-async def connect(settings: Settings, *, to_listen: bool = False) -> Any:
-    """Open one connection to the database, by DATABASE_LISTEN_URL if it is to LISTEN; the caller closes it.
-
-    Raises:
-        ServiceUnavailable, ConfigError: it can't be reached, or refuses us, or its URL is none.
-    """
-    variable, url = "DATABASE_URL", settings.database_url
-    if to_listen and settings.database_listen_url:
-        variable, url = "DATABASE_LISTEN_URL", settings.database_listen_url
-    async with translated_errors("connecting", variable):
-        try:
-            return await asyncpg.connect(
-                url.get_secret_value(), timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0
-            )
-        except ValueError as error:
-            if isinstance(error, OSError):
-                raise  # about a certificate
-            # Only asyncpg's own words: Python's may quote a part of the password.
-            said = str(error) if isinstance(error, asyncpg.InterfaceError) else type(error).__name__
-            raise ConfigError(
-                f"{variable} is no URL of a Postgres (postgresql://user@host:port/database): {said}"
-            ) from None
-
-
-async def require_sessions(settings: Settings) -> None:
-    """Check that a listener hears what is notified: not through a pool that lends connections by transaction.
-
-    Raises:
-        ConfigError: it would hear nothing.
-        ServiceUnavailable: the database can't be reached.
-    """
-    async with contextlib.AsyncExitStack() as stack:
-        one = await connect(settings, to_listen=True)
-        stack.push_async_callback(one.close)
-        async with translated_errors("looking for a pool"):
-            if not await leads_through_pool(one):
-                return
-            other = await connect(settings, to_listen=True)
-            stack.push_async_callback(other.close)
-            is_shared = await shares_servers(one, other)
-    if is_shared:
-        variable = "DATABASE_LISTEN_URL" if settings.database_listen_url else "DATABASE_URL"
-        raise ConfigError(
-            f"{variable} leads through a pool that lends connections by transaction, where LISTEN hears nothing: "
-            "set DATABASE_LISTEN_URL to the server itself, or to a pool by sessions"
-        )
-
-
-def listener(
-    settings: Settings, agent_ids: Iterable[UUID] | None, registry: CollectorRegistry | None = None
-) -> MetadataListener:
-    """Make a listener of some agents, or of all (None)."""
-    return MetadataListener(lambda: connect(settings, to_listen=True), read_rows, agent_ids, registry=registry)
-
-
-async def run_serve(settings: Settings) -> None:
-    """Serve the API and the live page until SIGTERM or SIGINT.
-
-    Raises:
-        ConfigError, ServiceUnavailable, SchemaMismatch: it could not start.
-        PipelineError: Postgres refuses the listener for good.
-    """
-    try:
-        from pipeline.serve import LiveServer, listen, serve
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{error.name} is not installed: pip install 'agent-metadata-pipeline[serve]' for `serve`"
-        ) from error
-    async with connected(settings) as connection:
-        await require_schema(connection)
-    await require_sessions(settings)
-    table = LiveTable()
-    registry = CollectorRegistry()
-    rows = listener(settings, None, registry)
-    database_url = settings.database_url.get_secret_value()
-    async with translated_errors("connecting"):
-        kept = await statements_to_keep(database_url, CONNECT_TIMEOUT_SECONDS)
-    pool = asyncpg.create_pool(
-        database_url,
-        statement_cache_size=kept,
-        min_size=0,
-        max_size=SERVE_CONNECTIONS,
-        timeout=CONNECT_TIMEOUT_SECONDS,
-        command_timeout=CONNECT_TIMEOUT_SECONDS,
-        server_settings={"application_name": "agent-metadata-serve"},
-    )
-
-    async def follow() -> None:
-        async for change in rows.changes():
-            table.change(*change)
-
-    async def read(agent_ids: Sequence[UUID]) -> Sequence[Any]:
-        async with translated_errors("reading metadata"), pool.acquire() as connection, connection.transaction():
-            return await read_rows(connection, agent_ids)
-
-    server = LiveServer(
-        table=table,
-        read=read,
-        why_not_ready=lambda: None if rows.is_following else "Postgres is away; what was known last is shown",
-        registry=registry,
-        freshness=rows.freshness,
-        token=settings.serve_token.get_secret_value() if settings.serve_token else None,
-        cors_origins=[origin.strip() for origin in settings.serve_cors_origins.split(",") if origin.strip()],
-    )
-    stop = asyncio.Event()
-    _on_stop_signals(stop.set)
-    async with pool:
-        listening = listen(settings.serve_host, settings.serve_port)
-        following = asyncio.create_task(follow())
-        following.add_done_callback(lambda _: stop.set())
-        host, port = listening.getsockname()[:2]
-        _log.info("serve_started", url=f"http://{host}:{port}/", token="asked for" if settings.serve_token else "none")
-        await serve(server, listening, stop)
-        if following.done():
-            following.result()
-        following.cancel()
-    _log.info("serve_stopped")
-
-
-async def _require_topics(settings: Settings) -> dict[str, TopicFacts]:
-    specs = load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
-    return await asyncio.to_thread(require_topics, settings.client_config(), specs, timeout_s=START_TIMEOUT_SECONDS)
-
-
 async def _open_store(settings: Settings) -> Store:
     async with connected(settings) as connection:
         await require_schema(connection)
@@ -481,29 +321,3 @@ async def _open_store(settings: Settings) -> Store:
         undeclared=settings.undeclared,
         notify=settings.notify == "on",
     )
-
-
-def _on_stop_signals(stop: Callable[[], None]) -> None:
-    """Have the first SIGTERM or SIGINT stop in order; the second, or time running out, ends this process as it stands.
-
-    That is as safe as kill -9: what is not committed is read again.
-    """
-    signals: list[int] = []
-
-    def end(event: str, exit_code: int) -> None:
-        _log.warning(event, advice="what was under way is read again from Kafka")
-        os._exit(exit_code)
-
-    def on_signal(number: int) -> None:
-        signals.append(number)
-        if len(signals) > 1:
-            end("ended_by_second_signal", 128 + number)
-        # Kafka's clients wait longer than anybody wants where no broker answers.
-        overdue = threading.Timer(SHUTDOWN_SECONDS + _OVERDUE_SECONDS, end, ("ended_as_stop_took_too_long", 1))
-        overdue.daemon = True
-        overdue.start()
-        stop()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)

@@ -9,9 +9,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from pipeline.batch import decode_batch
+from pipeline.dead_letter import dead_letter_of, source_text
 from pipeline.errors import DecodeError
 from pipeline.inspection import group_positions
-from pipeline.operations import range_reader, require_all_topics
+from pipeline.operations import nothing_happened, range_reader, require_all_topics
 from pipeline.postgres_errors import translated_errors
 from pipeline.range_reader import OffsetRange, RangeReader
 from pipeline.replay import Consumed
@@ -100,7 +101,7 @@ def _newest_event(
         newest: Event | None = None
         for number, item in list(ends.items()):
             start = max(item.start, item.end - block)
-            for message in _records(reader, OffsetRange(number, start, item.end), on_searched):
+            for message in reader.records(OffsetRange(number, start, item.end), on_searched):
                 event = search.look(message)
                 if event is None:
                     continue
@@ -147,32 +148,21 @@ def _dead_letter(reader: RangeReader, topics: dict[str, TopicFacts], found: Foun
     event = found.event
     if event is None:
         return None
+    source = source_text(topics["events"].name, event.partition, event.offset)
     for number in range(topics["dead_letter"].partitions):
         for message in _since(reader, number, event.appended_at):
-            headers = {name: text or b"" for name, text in message.headers() or ()}
-            prefix = "__connect.errors."
-            where = tuple(headers.get(prefix + name, b"").decode() for name in ("topic", "partition", "offset"))
-            letter = search.look(message)
-            if where == (topics["events"].name, str(event.partition), str(event.offset)) or (
-                letter is not None
-                and headers.get(f"{prefix}stage") == b"sink"
-                and letter.collected_at == event.collected_at
+            letter = dead_letter_of(message)
+            held = search.look(message)
+            if letter.source == source or (
+                held is not None and letter.stage == "sink" and held.collected_at == event.collected_at
             ):
-                return headers.get(f"{prefix}exception.message", b"").decode(errors="replace")
+                return letter.said.get("exception.message", "")
     return None
 
 
 def _since(reader: RangeReader, partition: int, moment: datetime) -> Iterator[Any]:
     for wanted in reader.between([partition], round(moment.timestamp() * 1000), None):
-        yield from _records(reader, wanted, lambda _: None)
-
-
-def _records(reader: RangeReader, wanted: OffsetRange, on_searched: Callable[[int], None]) -> Iterator[Any]:
-    reader.open(wanted)
-    while not reader.is_done:
-        messages = reader.read()
-        yield from messages
-        on_searched(len(messages))
+        yield from reader.records(wanted, nothing_happened)
 
 
 def _appended_at(message: Any) -> datetime:

@@ -14,11 +14,11 @@ from structlog.testing import capture_logs
 
 import pipeline.listener
 from pipeline.agent_ids import NOTIFY_CHANNEL, encode_agent_id
+from pipeline.connections import connect, listener
 from pipeline.errors import ConfigError, ServiceUnavailable
 from pipeline.listener import MetadataListener
 from pipeline.local import PackagedPostgres
 from pipeline.migrations import migrate
-from pipeline.roles import connect, listener
 from pipeline.settings import load_settings
 from pipeline.store import read_rows
 
@@ -82,14 +82,6 @@ class Gate:
         except ServiceUnavailable:
             self.failed.set()
             raise
-
-
-@pytest.fixture
-async def connection(database_url):
-    connection = await asyncpg.connect(database_url)
-    await migrate(connection)
-    yield connection
-    await connection.close()
 
 
 @pytest.fixture
