@@ -7,6 +7,7 @@ import json
 import ssl
 import time
 from base64 import b64encode
+from collections.abc import Mapping
 from typing import Any, Final
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
@@ -15,6 +16,7 @@ from urllib.request import Request, urlopen
 import faust
 import structlog
 from aiokafka.abc import AbstractTokenProvider
+from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
 
 from pipeline.errors import ServiceUnavailable
 from pipeline.kafka_security import tls_context
@@ -46,6 +48,12 @@ def faust_credentials(settings: Settings) -> Any:
         ssl_context=context,
         mechanism=mechanism,
     )
+
+
+def aiokafka_security(settings: Settings) -> Mapping[str, Any]:
+    """Return the arguments about security that an aiokafka client takes."""
+    arguments: Mapping[str, Any] = credentials_to_aiokafka_auth(faust_credentials(settings))
+    return arguments
 
 
 class TokenProvider(AbstractTokenProvider):

@@ -10,8 +10,10 @@ from typing import Final
 import structlog
 
 from pipeline.batch import Row
+from pipeline.chunk_reader import ChunkReader
 from pipeline.clock import SystemClock
 from pipeline.errors import RowRejected
+from pipeline.faust_credentials import aiokafka_security
 from pipeline.range_reader import RangeReader
 from pipeline.replay import EVERYTHING, BatchesFold, EventsFold, Filter, Fold, Pace, Replay, ReplaySource, Summary
 from pipeline.settings import Settings
@@ -48,6 +50,21 @@ async def range_reader(settings: Settings, topic: TopicFacts) -> AsyncIterator[R
 
 
 @contextlib.asynccontextmanager
+async def chunk_reader(settings: Settings, topic: TopicFacts) -> AsyncIterator[ChunkReader]:
+    """Make a reader of a topic for a replay; it is stopped with the block.
+
+    Raises:
+        ServiceUnavailable: Kafka does not answer.
+    """
+    reader = ChunkReader(settings.kafka_bootstrap_servers.split(","), aiokafka_security(settings), topic.name)
+    await reader.start()
+    try:
+        yield reader
+    finally:
+        await reader.stop()
+
+
+@contextlib.asynccontextmanager
 async def replay_store(settings: Settings, *, notify: bool, connections: int = 1) -> AsyncIterator[Store]:
     """Open a store of its own, so that a replay doesn't take the connections that the live sink needs."""
     store = await Store.connect(
@@ -66,7 +83,7 @@ async def replay_store(settings: Settings, *, notify: bool, connections: int = 1
 def wire_replay(
     settings: Settings,
     source: ReplaySource,
-    reader: RangeReader,
+    reader: ChunkReader,
     store: Store,
     *,
     only: Filter = EVERYTHING,
@@ -118,14 +135,15 @@ async def refill(
     async with (
         # One connection holds the lock, for as long as Postgres does not crash.
         replay_store(settings, notify=settings.notify == "on", connections=2) as store,
-        range_reader(settings, topic) as reader,
         store.refilling() as is_ours,
     ):
         if not is_ours:
             return None
-        ranges = await asyncio.to_thread(reader.between, range(topic.partitions), None, None)
+        async with range_reader(settings, topic) as finder:
+            ranges = await asyncio.to_thread(finder.between, range(topic.partitions), None, None)
         on_found(sum(item.end - item.start for item in ranges))
-        replay = wire_replay(settings, "batches", reader, store, on_read=on_read)
-        on_start(replay)
-        await replay.run(ranges, summary, nothing_happened)
+        async with chunk_reader(settings, topic) as reader:
+            replay = wire_replay(settings, "batches", reader, store, on_read=on_read)
+            on_start(replay)
+            await replay.run(ranges, summary, nothing_happened)
     return summary

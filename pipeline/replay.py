@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 import msgspec
-from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME
 
 from pipeline.batch import Batch, Columns, Row, decode_batch
 from pipeline.clock import Clock
 from pipeline.errors import DecodeError
 from pipeline.report import canonical_agent_id
-from pipeline.window import OpenWindow
+from pipeline.window import OpenWindow, Record
 
 ReplaySource = Literal["events", "batches"]
 Pair = tuple[str, str]
@@ -25,7 +24,8 @@ Pair = tuple[str, str]
 PAIRS_HELD: Final = 500_000
 # One statement and one transaction each: locks are brief, and the live sink gets in between.
 ROWS_PER_WRITE: Final = 1000
-_RECORDS_PER_READ: Final = 5000
+# Folded between two looks at whether to stop: some milliseconds.
+_RECORDS_PER_TURN: Final = 5000
 # Spellings of agent ids seen lately, so that each is parsed once; as the worker's.
 _MAX_KNOWN_AGENTS: Final = 100_000
 
@@ -42,14 +42,14 @@ class OffsetRange(Protocol):
 
 
 class Reader(Protocol):
-    """What a replay asks of range_reader.RangeReader; called in a thread."""
+    """What a replay asks of chunk_reader.ChunkReader."""
 
     @property
     def is_done(self) -> bool: ...  # noqa: D102
     @property
     def position(self) -> int: ...  # noqa: D102
-    def open(self, wanted: Any) -> None: ...  # noqa: D102
-    def read(self, limit: int) -> list[Any]: ...  # noqa: D102
+    def open(self, partition: int, start: int, end: int) -> None: ...  # noqa: D102
+    async def read(self) -> Iterator[list[Record]]: ...  # noqa: D102
 
 
 class Written(Protocol):
@@ -93,39 +93,12 @@ class Interrupted(Exception):
     """The replay was told to stop; the partition under way is to be replayed anew."""
 
 
-class Consumed(NamedTuple):
-    """A confluent-kafka message as the fold reads records: what it needs rarely is asked for then."""
-
-    value: bytes | None
-    message: Any
-
-    @property
-    def offset(self) -> int:
-        """Its offset in the partition."""
-        return int(self.message.offset())
-
-    @property
-    def timestamp(self) -> int:
-        """When the broker took it, in milliseconds since the Unix epoch."""
-        return int(self.message.timestamp()[1])
-
-    @property
-    def timestamp_type(self) -> int:
-        """1: the broker's clock; 0: the producer's, in a topic of CreateTime."""
-        return 1 if self.message.timestamp()[0] == TIMESTAMP_LOG_APPEND_TIME else 0
-
-    @property
-    def key(self) -> bytes | None:
-        """Not needed here."""
-        return None
-
-
 class Fold(Protocol):
     """The latest entry per pair of what was folded; `fold` returns the index of the first record not taken."""
 
     dead: int
 
-    def fold(self, messages: Sequence[Any], start: int) -> int: ...  # noqa: D102
+    def fold(self, records: Sequence[Record], start: int) -> int: ...  # noqa: D102
     @property
     def entries(self) -> int: ...  # noqa: D102
     @property
@@ -141,12 +114,11 @@ class EventsFold:
         self._window = OpenWindow(0.0, capacity=capacity, max_clock_skew=max_clock_skew, known=known)
         self.dead = 0
 
-    def fold(self, messages: Sequence[Any], start: int) -> int:
+    def fold(self, records: Sequence[Record], start: int) -> int:
         """Fold until all are done or the capacity is reached."""
-        records = [Consumed(message.value(), message) for message in messages[start:]]
-        index = self._window.fold(records)
+        index = self._window.fold(records, start)
         self.dead += self._window.drop_rejected()  # the worker has dead-lettered them when they were live
-        return start + index
+        return index
 
     @property
     def entries(self) -> int:
@@ -177,16 +149,16 @@ class BatchesFold:
         self._entries = 0
         self.dead = 0
 
-    def fold(self, messages: Sequence[Any], start: int) -> int:
+    def fold(self, records: Sequence[Record], start: int) -> int:
         """Fold until all are done or the capacity is reached."""
-        for index in range(start, len(messages)):
+        for index in range(start, len(records)):
             if len(self._newest) >= self._capacity:
                 return index
             try:
-                self._take(decode_batch(messages[index].value()))
+                self._take(decode_batch(records[index].value))
             except DecodeError:
                 self.dead += 1  # the sink has dead-lettered it
-        return len(messages)
+        return len(records)
 
     def _take(self, batch: Batch) -> None:
         newest, known = self._newest, self._known
@@ -268,9 +240,9 @@ class Pace:
         self._free_at = clock.now()
 
     @property
-    def chunk(self) -> int:
+    def turn(self) -> int:
         """How much to take at once, so that a second is not spent in one go."""
-        return _RECORDS_PER_READ if self._per_second is None else max(1, min(_RECORDS_PER_READ, int(self._per_second)))
+        return _RECORDS_PER_TURN if self._per_second is None else max(1, min(_RECORDS_PER_TURN, int(self._per_second)))
 
     async def spend(self, count: int, stop: asyncio.Event) -> None:
         """Wait until so much more may go, or `stop` is set."""
@@ -346,41 +318,52 @@ class Replay:
         is_first = True
         while shares:
             own, fold = shares.pop(), self._new_fold(self._pairs_held)
-            await asyncio.to_thread(self._reader.open, wanted)
+            self._reader.open(wanted.partition, wanted.start, wanted.end)
             position = wanted.start
             while not self._reader.is_done:
-                count, own = await asyncio.to_thread(self._read_and_fold, fold, own, shares)
-                if is_first:
-                    found.records += count
-                    self._on_read(self._reader.position - position)
-                    position = self._reader.position
-                await self._go_on(count)
+                lists = await self._reader.read()
+                count = -1
+                while count:
+                    count, own = await asyncio.to_thread(self._fold_some, lists, fold, own, shares)
+                    if is_first:
+                        found.records += count
+                        self._on_read(self._reader.position - position)
+                        position = self._reader.position
+                    await self._go_on(count)
             if is_first:
                 found.entries, found.dead, is_first = fold.entries, fold.dead, False
-            if own.divisor > 1:
-                fold.retain(own.holds)
+            self._retain(fold, own)
             await self._write_rows(fold.rows(), found, summary)
 
-    def _read_and_fold(self, fold: Fold, own: _Share, others: list[_Share]) -> tuple[int, _Share]:
-        """Read and fold one chunk; return how many records it had, and the share of all pairs that is held now."""
-        messages = self._reader.read(self._pace.chunk)
-        index = 0
-        while index < len(messages):
-            index = fold.fold(messages, index)
-            if self._only:
-                fold.retain(self._only.holds)
-            if fold.pairs >= self._pairs_held:
-                own = self._shrink(fold, own, others)
-        return len(messages), own
+    def _fold_some(
+        self, lists: Iterator[list[Record]], fold: Fold, own: _Share, others: list[_Share]
+    ) -> tuple[int, _Share]:
+        """Fold one turn's records; return how many they were, and the share of all pairs that is held now."""
+        count = 0
+        while count < self._pace.turn and (records := next(lists, None)):
+            count += len(records)
+            index = 0
+            while index < len(records):
+                index = fold.fold(records, index)
+                if fold.pairs >= self._pairs_held:
+                    own = self._shrink(fold, own, others)
+        return count, own
 
     def _shrink(self, fold: Fold, own: _Share, others: list[_Share]) -> _Share:
-        """Forget what is not of the own share, and halve that until half the room is free again."""
-        fold.retain(own.holds)
+        """Forget what is not wanted, and halve the own share until half the room is free again."""
+        self._retain(fold, own)
         while fold.pairs * 2 > self._pairs_held:
             own, other = own.halves()
             others.append(other)
             fold.retain(own.holds)
         return own
+
+    def _retain(self, fold: Fold, own: _Share) -> None:
+        """Forget what the filter leaves out, and what another share has."""
+        if self._only:
+            fold.retain(self._only.holds)
+        if own.divisor > 1:
+            fold.retain(own.holds)
 
     async def _write_rows(self, rows: Sequence[Row], found: Summary, summary: Summary) -> None:
         for start in range(0, len(rows), ROWS_PER_WRITE):

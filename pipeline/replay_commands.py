@@ -19,9 +19,8 @@ from pipeline.console import JsonOption, canonical_agents, command_settings, err
 from pipeline.errors import ConfigError, ServiceUnavailable
 from pipeline.migrations import require_schema
 from pipeline.moments import parse_moment
-from pipeline.operations import range_reader, refill, replay_store, require_all_topics, wire_replay
+from pipeline.operations import chunk_reader, range_reader, refill, replay_store, require_all_topics, wire_replay
 from pipeline.processes import tune_garbage_collector
-from pipeline.range_reader import RangeReader
 from pipeline.replay import Filter, Interrupted, Replay, ReplaySource, Summary
 from pipeline.resume import Range, ReplayPlan, load_plan, save_plan
 from pipeline.settings import Settings
@@ -124,15 +123,15 @@ class _Run:
         topic = (await require_all_topics(self._settings))[plan.source]
         async with connected(self._settings) as connection:
             await require_schema(connection)
+        if plan.topic_id:
+            self._require_topic(topic)
+        else:
+            await self._find_ranges(topic)
+        self._save()
         async with (
-            range_reader(self._settings, topic) as reader,
+            chunk_reader(self._settings, topic) as reader,
             replay_store(self._settings, notify=is_notifying) as store,
         ):
-            if plan.topic_id:
-                self._require_topic(topic)
-            else:
-                await self._find_ranges(reader, topic)
-            self._save()
             started = time.monotonic()
             with _progress() as bar:
                 task = bar.add_task("replaying", total=sum(item.end - item.start for item in plan.left))
@@ -167,9 +166,10 @@ class _Run:
             raise ConfigError(f"--resume {self._file} is of a {plan.topic} that is gone: delete the file, begin anew")
         errors.print(f"going on: {len(plan.done)} of {len(plan.ranges)} partitions are done", markup=False)
 
-    async def _find_ranges(self, reader: RangeReader, topic: TopicFacts) -> None:
+    async def _find_ranges(self, topic: TopicFacts) -> None:
         plan = self._plan
-        found = await asyncio.to_thread(reader.between, range(topic.partitions), _ms(plan.start), _ms(plan.end))
+        async with range_reader(self._settings, topic) as finder:
+            found = await asyncio.to_thread(finder.between, range(topic.partitions), _ms(plan.start), _ms(plan.end))
         if any(item.is_cut for item in found):
             errors.print(f"records of the range may be gone: retention has deleted the oldest of {topic.name}")
         plan.topic, plan.topic_id = topic.name, topic.topic_id

@@ -6,7 +6,9 @@ import asyncio
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+
+from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME
 
 from pipeline.batch import decode_batch
 from pipeline.dead_letter import dead_letter_of, source_text
@@ -15,7 +17,6 @@ from pipeline.inspection import group_positions
 from pipeline.operations import nothing_happened, range_reader, require_all_topics
 from pipeline.postgres_errors import translated_errors
 from pipeline.range_reader import OffsetRange, RangeReader
-from pipeline.replay import Consumed
 from pipeline.report import BACKSLASH, timestamp_us
 from pipeline.settings import Settings
 from pipeline.store import statement
@@ -63,6 +64,33 @@ async def trace(
     return found
 
 
+class _Consumed(NamedTuple):
+    """A confluent-kafka message as the fold reads records."""
+
+    value: bytes | None
+    message: Any
+
+    @property
+    def offset(self) -> int:
+        """Its offset in the partition."""
+        return int(self.message.offset())
+
+    @property
+    def timestamp(self) -> int:
+        """When the broker took it, in milliseconds since the Unix epoch."""
+        return int(self.message.timestamp()[1])
+
+    @property
+    def timestamp_type(self) -> int:
+        """1: the broker's clock; 0: the producer's, in a topic of CreateTime."""
+        return 1 if self.message.timestamp()[0] == TIMESTAMP_LOG_APPEND_TIME else 0
+
+    @property
+    def key(self) -> bytes | None:
+        """Not needed here."""
+        return None
+
+
 class _Search:
     """Tells what a record of reports says of one pair."""
 
@@ -79,7 +107,7 @@ class _Search:
         if self._hex not in raw.lower().replace(b"-", b"") and BACKSLASH not in raw:
             return None
         window = OpenWindow(0.0, capacity=2**31, max_clock_skew=self._max_clock_skew)
-        window.fold([Consumed(raw, message)])
+        window.fold([_Consumed(raw, message)])
         event = Event(message.partition(), message.offset(), _appended_at(message))
         held = window.get(self._agent_id, self._key)
         if held is not None:

@@ -19,7 +19,8 @@ from faust import streams
 from faust.types import TP
 
 from pipeline.batch import Source, Window, encode_batch, split
-from pipeline.chunks import Chunk, ChunkApp, ChunkConsumer, ChunkSchema
+from pipeline.chunk_transport import ChunkApp, ChunkConsumer, ChunkSchema
+from pipeline.chunks import Chunk
 from pipeline.clock import Clock
 from pipeline.errors import ConfigError, ServiceUnavailable, TopicMismatch
 from pipeline.faust_credentials import faust_credentials

@@ -1,4 +1,4 @@
-"""Holds aiokafka to the private parts of it that pipeline/chunks.py reads: an upgrade that moves one fails here."""
+"""Holds aiokafka to the private parts that chunks.py and chunk_transport.py read: an upgrade that moves one fails."""
 
 import asyncio
 import gc
@@ -20,7 +20,8 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from faust.types import TP
 
-from pipeline.chunks import RECORDS_PER_SLICE, TARGET_RECORDS, ChunkApp, ChunkSchema, PartitionChunks
+from pipeline.chunk_transport import ChunkApp, ChunkSchema
+from pipeline.chunks import RECORDS_PER_SLICE, TARGET_RECORDS, PartitionChunks
 from pipeline.latest import LatestTables
 
 EVENTS = TP("events", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -101,6 +102,9 @@ async def test_report_comes_through_and_no_secret_is_logged(kafka, tokens, datab
         with deployed.producer() as producer:
             producer.add(AGENT, ["cpu"], ["12%"], [""], now)
         await deployed.wait_for({(str(AGENT), "cpu"): ("12%", "", now)})
+        replay = deployed.start_command("replay", "--from", "1h ago", "--dry-run", "--json")
+        counts = json.loads(replay.communicate(timeout=60)[0])
+        assert (counts["records"], counts["already_newer"]) == (1, 1)
         assert [deployed.stop(process) for process in (worker, sink)] == [0, 0]
         logged = deployed.log(worker) + deployed.log(sink)
     finally:

@@ -20,49 +20,44 @@ AGENTS = [str(uuid.UUID(int=number)) for number in range(6)]
 KEYS = ["cpu", "mem", "disk"]
 
 
-class Message(NamedTuple):
-    at: int
-    raw: bytes
-
-    def offset(self):
-        return self.at
-
-    def value(self):
-        return self.raw
-
-    def timestamp(self):
-        return (2, 1_704_067_200_000)
+class TopicRecord(NamedTuple):
+    offset: int
+    value: bytes
+    key: bytes | None = None
+    timestamp: int = 1_704_067_200_000
+    timestamp_type: int = 1
 
 
 class Topic:
-    """Hands out three records at a time, and now and then none."""
+    """Hands out lists of three records, two at once, and now and then none."""
 
     def __init__(self, partitions):
         self._partitions = {
-            number: [Message(offset, raw) for offset, raw in enumerate(raws)] for number, raws in partitions.items()
+            number: [TopicRecord(offset, raw) for offset, raw in enumerate(raws)] for number, raws in partitions.items()
         }
         self.opened = []
         self.ranges = [Range(number, 0, len(raws)) for number, raws in partitions.items()]
         self.position = 0
+        self._end = 0
         self._turn = 0
 
-    def open(self, wanted):
-        self.opened.append(wanted.partition)
-        self._range = wanted
-        self.position = wanted.start
+    def open(self, partition, start, end):
+        self.opened.append(partition)
+        self.position, self._end = start, end
 
     @property
     def is_done(self):
-        return self.position >= self._range.end
+        return self.position >= self._end
 
-    def read(self, limit):
+    async def read(self):
         self._turn += 1
-        if self._turn % 4 == 0:
-            return []
-        end = min(self.position + min(limit, 3), self._range.end)
-        records = self._partitions[self._range.partition][self.position : end]
-        self.position = end
-        return records
+        return self._lists(0 if self._turn % 4 == 0 else 2)
+
+    def _lists(self, count):
+        for _ in range(count):
+            start, self.position = self.position, min(self.position + 3, self._end)
+            if start < self.position:
+                yield self._partitions[self.opened[-1]][start : self.position]
 
 
 class Written(NamedTuple):
@@ -238,4 +233,4 @@ async def test_pace_lets_through_so_much_a_second_and_ends_at_a_stop():
     endless = asyncio.create_task(pace.spend(10**9, stop))
     stop.set()
     await asyncio.wait_for(endless, 10)
-    assert (pace.chunk, Pace(None, clock).chunk) == (10, 5000)
+    assert (pace.turn, Pace(None, clock).turn) == (10, 5000)
