@@ -14,7 +14,7 @@ from typing import Any, Final
 import structlog
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from pipeline.errors import ServiceUnavailable, TopicMismatch
+from pipeline.errors import ConfigError, ServiceUnavailable, TopicMismatch
 from pipeline.lag import Position
 
 _POLL_SECONDS: Final = 0.1
@@ -22,6 +22,8 @@ _RECORDS_PER_POLL: Final = 200
 _QUERY_SECONDS: Final = 10.0
 # Fetched but not yet applied batches, per process; the same again may wait inside librdkafka.
 MAX_BUFFERED_BYTES: Final = 64 * 1024 * 1024
+
+_REFUSALS: Final = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED)
 
 _log = structlog.get_logger(__name__)
 
@@ -46,6 +48,7 @@ class BatchConsumer:
         on_lost: Callable[[Sequence[int]], None],
     ) -> None:
         self._topic = topic
+        self._group = group
         self._positions = positions
         self._on_records = on_records
         self._on_lost = on_lost
@@ -108,6 +111,7 @@ class BatchConsumer:
         """Join the group; the task ends with `close`, or with the error that the consumer can't go on from.
 
         Raises (from the task):
+            ConfigError: Kafka refuses us a right.
             TopicMismatch: the topic was deleted and made anew; nothing of the new one was handed on.
             ServiceUnavailable: librdkafka can't go on.
         """
@@ -227,6 +231,11 @@ class BatchConsumer:
                 by_partition.setdefault(message.partition(), []).append(message)
             elif error.code() == KafkaError._PARTITION_EOF:
                 ends[message.partition()] = message.offset()
+            elif error.code() in _REFUSALS:
+                raise ConfigError(
+                    f"Kafka refuses the sink: {error.str().rstrip('.')}; "
+                    f"it needs READ on topic {self._topic} and on group {self._group}"
+                )
             elif error.fatal():
                 raise ServiceUnavailable(f"the consumer of {self._topic} can't go on: {error.str()}")
             else:

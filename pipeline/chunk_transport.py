@@ -24,6 +24,13 @@ class ChunkConsumerThread(driver.AIOKafkaConsumerThread):
         await super().on_start()
         fetch_in_chunks(self._ensure_consumer())
 
+    async def check_errors(self) -> None:
+        """Raise the error that keeps aiokafka out of its group: it waits to be asked, which Faust never does."""
+        await self.call_thread(self._check_errors)
+
+    async def _check_errors(self) -> None:
+        self._ensure_consumer()._coordinator.check_errors()
+
 
 class _ForgetfulOffsets(dict[TP, int]):
     """Stands in for the offsets below which Faust drops a message: it remembers none.
@@ -88,6 +95,10 @@ class ChunkConsumer(driver.Consumer):
             self._committed_offset.update(mine)
         return bool(committed) and len(mine) == len(offsets)
 
+    async def check_errors(self) -> None:
+        """Raise what keeps this consumer out of its group, if anything: a right it lacks, an unexpected answer."""
+        await self._thread.check_errors()
+
     def committed_offset(self, tp: TP) -> int | None:
         """Return where this partition was taken up, or None if nothing was ever committed for it."""
         offset: int | None = self._committed_offset[tp]
@@ -117,3 +128,6 @@ class ChunkApp(faust.App):
 
     def _new_transport(self) -> ChunkTransport:
         return ChunkTransport(self.conf.broker_consumer, self, loop=self.loop)
+
+    def _create_directories(self) -> None:
+        """Make none: nothing is stored on disk, which may be read-only."""

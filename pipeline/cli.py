@@ -190,11 +190,8 @@ def produce(
     A line: {"agent_id": UUID, "entries": [{"key": "cpu", "value": "12%"}], "collected_at": RFC 3339, optional}
     """
     settings = _settings()
-    topic_admin.require_topics(
-        settings.client_config(),
-        topic_admin.load_topic_specs(names=settings.topic_names, partitions=settings.partitions),
-        timeout_s=10.0,
-    )
+    specs = topic_admin.load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
+    topic_admin.require_topics(settings.client_config(), {"events": specs["events"]}, timeout_s=10.0)
     with MetadataProducer(settings.client_config(), topic=settings.events_topic) as producer:
         if agents is None:
             counts = _produce_lines(producer)

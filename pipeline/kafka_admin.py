@@ -122,7 +122,7 @@ class KafkaAdmin:
             if reason.code() in _TRY_AGAIN:
                 raise self._unavailable(error) from error
             raise TopicMismatch(
-                f"Kafka refused to create {name}: {reason.str()}; change its declaration or the cluster"
+                f"Kafka refused to create {name}: {reason.str().rstrip('.')}; change its declaration or the cluster"
             ) from error
         return True
 
@@ -183,6 +183,7 @@ class KafkaAdmin:
 
     def committed(self, group: str, topic: str, partitions: int, timeout_s: float) -> dict[int, int]:
         """Read a group's committed offsets; a partition without one is missing. The group is not joined."""
+        self.members(group, timeout_s)  # without a right to the group, what follows would only time out
         # Not by list_consumer_group_offsets: librdkafka crashes on NOT_COORDINATOR there (its issue 5040).
         consumer = Consumer({**self._config, "group.id": group, "enable.auto.commit": False, "logger": _Silent()})
         try:
@@ -226,8 +227,9 @@ class KafkaAdmin:
     def _unavailable(self, error: KafkaException) -> ServiceUnavailable:
         reason = error.args[0]
         if reason.code() not in _SILENCE:
+            answer = reason.str().removeprefix("Broker: ").rstrip(".")
             return ServiceUnavailable(
-                f"Kafka at {self._servers} answered: {reason.str()}; try again, and check this user's rights"
+                f"Kafka at {self._servers} answered: {answer}; try again, and check this user's rights"
             )
         self._client.poll(0)  # brings librdkafka's complaint, which says why
         said = self._complaint or reason

@@ -42,6 +42,13 @@ class Seldom(logging.Filter):
         return self._said_at.setdefault(key, now) == now
 
 
+def without_stack_of_an_answer(record: logging.LogRecord) -> bool:
+    """Drop the traceback that Faust logs of an answer of Kafka's: where in aiokafka it arrived says nothing."""
+    if record.exc_info and record.exc_info[0] and record.exc_info[0].__module__ == "aiokafka.errors":
+        record.exc_info = None
+    return True
+
+
 def configure_logging(log_format: Literal["console", "json"]) -> None:
     """Send structlog's and the standard library's records to stderr in one format; libraries from WARNING on."""
     shared: list[structlog.typing.Processor] = [
@@ -70,6 +77,7 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
         )
     )
     handler.addFilter(Seldom())
+    handler.addFilter(without_stack_of_an_answer)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("pipeline").setLevel(logging.INFO)
     # asyncpg's pool logs a traceback a second while Postgres is away; the sink says so itself, in a line.

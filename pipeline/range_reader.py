@@ -17,11 +17,7 @@ _QUERY_SECONDS: Final = 10.0
 # librdkafka tries again for ever by itself; a person who waits wants to know.
 _SILENCE_SECONDS: Final = 60.0
 _BUFFER_KILOBYTES: Final = 64 * 1024
-_REFUSALS: Final = (
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-)
+_REFUSALS: Final = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED)
 
 
 class OffsetRange(NamedTuple):
@@ -52,7 +48,7 @@ class RangeReader:
         self._consumer = Consumer(
             {
                 **client_config,
-                "group.id": "agent-metadata-replay",  # librdkafka wants one; it is never joined, nor asked for offsets
+                "group.id": "agent-metadata-replay",  # librdkafka wants one; it is never joined
                 "enable.auto.commit": False,
                 "enable.auto.offset.store": False,
                 "enable.partition.eof": True,

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 import faust
 import mode
 import structlog
-from aiokafka.errors import KafkaError
+from aiokafka.errors import GroupAuthorizationFailedError, KafkaError, TopicAuthorizationFailedError
 from faust import streams
 from faust.types import TP
 
@@ -38,6 +38,9 @@ COMMIT_INTERVAL_SECONDS: Final = 1.0
 _STREAM_BUFFER_CHUNKS: Final = 16
 _FETCH_BYTES: Final = 4 * 1024 * 1024
 _YEAR_SECONDS: Final = 31_536_000
+# A group that no one else is in gives partitions within a second, and one that rebalances within three.
+_START_SECONDS: Final = 5.0
+_REFUSALS: Final = (GroupAuthorizationFailedError, TopicAuthorizationFailedError)
 
 _log = structlog.get_logger(__name__)
 
@@ -136,24 +139,33 @@ class Worker:
         """Run until `stop` is called or something fails.
 
         Raises:
+            ConfigError: Kafka refuses us a right.
             ServiceUnavailable: Kafka went away in a way that its client can't wait out.
             Whatever else failed. Nothing that was not safe is committed then, and a new start reads it again.
         """
         try:
             await self._run()
+        except _REFUSALS as error:
+            events, group = self._settings.events_topic, self._settings.worker_group
+            raise ConfigError(
+                f"Kafka refuses the worker: {error}; it needs READ on topic {events} and on group {group}"
+            ) from error
         except KafkaError as error:
             raise ServiceUnavailable(f"the worker lost Kafka: {error}; is it up? start it again") from error
 
     async def _run(self) -> None:
-        await self.app.start()
+        starting = asyncio.create_task(self.app.start())  # which waits for the group to give us partitions
+        starting.add_done_callback(self._fail_with)
         upkeep = asyncio.create_task(self._commit_regularly())
         waits = [asyncio.create_task(event.wait()) for event in (self._stop, self.app._crashed, self.app._stopped)]
         await asyncio.wait([upkeep, *waits], return_when=asyncio.FIRST_COMPLETED)
         if upkeep.done():
-            self._fail(upkeep.exception() or AssertionError("the upkeep ended"))
-        for task in (upkeep, *waits):
-            task.cancel()
+            self._fail_with(upkeep)
         self._failure = self._failure or self.app.crash_reason
+        if self._failure is None:
+            await asyncio.wait([starting], timeout=_START_SECONDS)  # what is half started stops badly
+        for task in (starting, upkeep, *waits):
+            task.cancel()
         try:
             await self.app.stop()
         except Exception:
@@ -262,6 +274,7 @@ class Worker:
     async def _commit_regularly(self) -> None:
         while True:
             await asyncio.sleep(COMMIT_INTERVAL_SECONDS)
+            await self._consumer.check_errors()
             if not self.app.rebalancing:
                 await self._commit()
             self._metrics.show_open_pairs(self.table.open_pairs())
@@ -309,6 +322,10 @@ class Worker:
         while partitions:
             _, partition = partitions.popitem()
             await partition.abandon()
+
+    def _fail_with(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         self._failure = self._failure or error

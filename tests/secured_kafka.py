@@ -31,6 +31,10 @@ _LOGIN = {
     "SCRAM-SHA-512": "scram.ScramLoginModule required",
     "OAUTHBEARER": 'oauthbearer.OAuthBearerLoginModule required unsecuredLoginStringClaim_sub="broker"',
 }
+_AUTHORIZER = {
+    "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+    "super.users": "User:ANONYMOUS",
+}
 
 
 @dataclass
@@ -78,9 +82,10 @@ def _pkcs8(certificate: trustme.LeafCert, password: bytes | None = None) -> list
 
 
 @contextmanager
-def secured_kafka(jars: Sequence[Path], folder: Path) -> Iterator[SecuredKafka]:
+def secured_kafka(jars: Sequence[Path], folder: Path, *, has_acls: bool = False) -> Iterator[SecuredKafka]:
+    """Run Kafka; `has_acls`: what no ACL allows is refused, but for who comes by the node's own listener."""
     files = pem_files(folder)
-    settings = {}
+    settings = dict(_AUTHORIZER) if has_acls else {}
     for listener, protocol in LISTENERS.items():
         prefix = f"listener.name.{listener.lower()}."
         if protocol.endswith("SSL"):

@@ -276,6 +276,7 @@ async def test_consumer_of_aiokafka_keeps_fetched_records_where_chunks_look(boot
     try:
         assert isinstance(consumer._fetcher, Fetcher)
         assert type(consumer._fetcher._records) is OrderedDict
+        assert consumer._coordinator.check_errors() is None
     finally:
         await consumer.stop()
 

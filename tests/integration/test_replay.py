@@ -244,7 +244,7 @@ async def test_missing_topic_or_table_is_said_in_one_line(deploy):
     assert "workspace_agent_metadata is gone" in await refused(pipeline, "--from", "1h ago", code=1)
     pipeline.environment["AGENT_METADATA_EVENTS_TOPIC"] = "nonesuch"
     line = await refused(pipeline, "--from", "1h ago", code=1)
-    assert line == "agent-metadata: the cluster lacks nonesuch: run `agent-metadata topics create`"
+    assert line.startswith("agent-metadata: the cluster lacks nonesuch, or hides it")
 
 
 async def test_user_without_rights_is_told_before_anything_is_read(deploy, database_url):

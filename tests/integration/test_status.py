@@ -118,7 +118,7 @@ async def test_missing_topics_and_tables_are_said_in_one_line(deploy):
     pipeline.environment["AGENT_METADATA_EVENTS_TOPIC"] = "nonesuch"
     code, out, err = await status(pipeline)
     assert (code, out) == (1, "")
-    assert err == "agent-metadata: the cluster lacks nonesuch: run `agent-metadata topics create`\n"
+    assert err.startswith("agent-metadata: the cluster lacks nonesuch, or hides it")
     async with pipeline.connection() as connection:
         await connection.execute("drop table agent_metadata_migrations")
     code, out, err = await status(pipeline)

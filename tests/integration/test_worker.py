@@ -152,6 +152,21 @@ async def test_records_read_twice_are_folded_once(running):
     assert worker.folded_records == 4
 
 
+@pytest.fixture
+def empty_folder(monkeypatch, tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+async def test_worker_writes_nothing_to_the_directory_it_runs_in(empty_folder, running):
+    pipeline, outlet, _ = running
+    produce(pipeline, 0, k="v")
+    await eventually("the batch is sent", lambda: outlet.sent)
+    assert list(empty_folder.iterdir()) == []
+
+
 @pytest.mark.held_up
 async def test_records_don_t_flow_before_the_partitions_are_taken_up(running):
     pipeline, outlet, worker = running
