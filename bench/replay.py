@@ -1,9 +1,11 @@
 """The replay against a plain consumer loop, what it does to live reports, and how long a refill takes.
 
 The plain loop consumes, decodes and keeps the latest (bench/plain.py); ours is `agent-metadata replay`, which finds its
-range, folds by the worker's rules and writes the rows, on the same entries (BENCH_ENTRIES, 10,000,000), ten a report.
+range, folds by the worker's rules and writes the rows, on the same entries: BENCH_ENTRIES (10,000,000), ten a report,
+and a fifth as many, one a report.
 Freshness is the time from a report to its row's NOTIFY, of 500 live reports a second in windows of 1 s, without and
-with replays running. The refill writes 1,000,000 pairs into an empty table.
+with replays of all entries running; no row may move back meanwhile, and each must be right in the end. The refill
+writes 1,000,000 pairs into an empty table.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tempfile
 import time
 import uuid
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -30,10 +33,22 @@ from pipeline.local import start_services
 from pipeline.migrations import migrate
 from pipeline.simulate import agent_id
 
-ENTRIES, SHAPE = int(os.environ.get("BENCH_ENTRIES", "10000000")), 10
+ENTRIES = int(os.environ.get("BENCH_ENTRIES", "10000000"))
+SHAPES = {1: ENTRIES // 5, 10: ENTRIES}  # by entries a report; the last one's topic is the live pipeline's too
 RUNS = 3
 LIVE_AGENTS, WATCHED, LIVE_SECONDS = 500, 20, 30.0
 REFILL_AGENTS, REFILL_KEYS, BATCH_SIZE = 100_000, 10, 500
+
+NOTE_MOVES_BACK = """
+create table moved_back (agent_id uuid, key text);
+create function note_move_back() returns trigger language plpgsql as $$
+begin
+    insert into moved_back values (new.workspace_agent_id, new.key);
+    return new;
+end $$;
+create trigger note_move_back before update on workspace_agent_metadata
+    for each row when (new.collected_at < old.collected_at) execute function note_move_back();
+"""
 
 
 def plain(**options: Any) -> None:
@@ -93,32 +108,56 @@ def freshness(environment: dict[str, str], while_running: Any) -> list[float]:
     return [change["notified_at"] - datetime.fromisoformat(change["collected_at"]).timestamp() for change in told]
 
 
-def live(environment: dict[str, str]) -> dict[str, list[float]]:
+def live(environment: dict[str, str], url: str) -> dict[str, list[float]]:
+    asyncio.run(note_moves_back(url))
     running = start({**environment, "AGENT_METADATA_WINDOW_SECONDS": "1"}, "run", stderr=subprocess.DEVNULL)
-    load = start(
-        environment,
-        *("produce", "--agents", str(LIVE_AGENTS), "--interval", "1", "--duration", "3600"),
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 600
-        while json.loads(status(environment))["problems"]:  # until the backlog is folded and applied
-            assert time.monotonic() < deadline
-            time.sleep(1)
+    with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as oracle:
+        load = start(
+            environment,
+            *("produce", "--agents", str(LIVE_AGENTS), "--interval", "1", "--duration", "3600"),
+            *("--oracle", oracle.name),
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            deadline = time.monotonic() + 600
+            while json.loads(status(environment))["problems"]:  # until the backlog is folded and applied
+                assert time.monotonic() < deadline
+                time.sleep(1)
 
-        def replays() -> None:
-            end = time.monotonic() + LIVE_SECONDS
-            while time.monotonic() < end:
-                command(environment, "replay", "--from", "1d ago")
+            def replays() -> None:
+                end = time.monotonic() + LIVE_SECONDS
+                while time.monotonic() < end:
+                    command(environment, "replay", "--from", "1d ago")
 
-        return {
-            "live_alone": freshness(environment, lambda: time.sleep(LIVE_SECONDS)),
-            "live_beside_replays": freshness(environment, replays),
-        }
-    finally:
-        for process in (load, running):
-            process.terminate()
-            process.wait()
+            seconds = {
+                "live_alone": freshness(environment, lambda: time.sleep(LIVE_SECONDS)),
+                "live_beside_replays": freshness(environment, replays),
+            }
+            load.terminate()
+            load.wait()
+            asyncio.run(require_right(url, [json.loads(line) for line in Path(oracle.name).read_text().splitlines()]))
+        finally:
+            for process in (load, running):
+                process.terminate()
+                process.wait()
+    return seconds
+
+
+async def note_moves_back(url: str) -> None:
+    connection = await asyncpg.connect(url)
+    await connection.execute(NOTE_MOVES_BACK)
+    await connection.close()
+
+
+async def require_right(url: str, lines: list[list[str]]) -> None:
+    """Wait until the table is as the replayed topic and the live oracle say; no row may have moved back."""
+    connection = await asyncpg.connect(url)
+    rows = [(uuid.UUID(agent), key, value, datetime.fromisoformat(at)) for agent, key, value, _, at in lines]
+    assert len(rows) >= LIVE_AGENTS
+    await connection.copy_records_to_table("expected", records=rows)
+    await asyncio.wait_for(wait_until_right(url), 60)
+    assert await connection.fetchval("select count(*) from moved_back") == 0
+    await connection.close()
 
 
 def status(environment: dict[str, str]) -> str:
@@ -161,7 +200,7 @@ async def truncate(url: str) -> None:
 def main() -> None:
     with start_services(say=harness.say) as services:
         servers, url = services.bootstrap_servers, services.database_url
-        names = {role: f"{role}-{uuid.uuid4().hex[:4]}" for role in ("events", "batches", "dead_letter")}
+        names = {role: f"{role}-{uuid.uuid4().hex[:4]}" for role in ("batches", "dead_letter")}
         environment = {
             "KAFKA_BOOTSTRAP_SERVERS": servers,
             "DATABASE_URL": url,
@@ -170,17 +209,22 @@ def main() -> None:
         }
         harness.create_topic(servers, names["dead_letter"], 1)
         harness.create_topic(servers, names["batches"])
-        harness.say(f"producing {ENTRIES:,} entries")
-        newest = harness.fill_events(servers, names["events"], entries=ENTRIES, entries_a_report=SHAPE)
-        asyncio.run(expect(url, newest))
+        figures: dict[str, list[float]] = {}
+        ratios = {}
+        for shape, entries in SHAPES.items():
+            environment["AGENT_METADATA_EVENTS_TOPIC"] = topic = f"events-{uuid.uuid4().hex[:4]}"
+            harness.say(f"producing {entries:,} entries, {shape} a report")
+            newest = harness.fill_events(servers, topic, entries=entries, entries_a_report=shape)
+            asyncio.run(expect(url, newest))
 
-        def plain_loop() -> float:
-            side = harness.run_side("bench.replay", "plain", topic=names["events"], servers=servers, entries=ENTRIES)
-            return float(side["entries"] / side["seconds"])
+            def plain_loop(topic: str = topic, entries: int = entries) -> float:
+                side = harness.run_side("bench.replay", "plain", topic=topic, servers=servers, entries=entries)
+                return float(side["entries"] / side["seconds"])
 
-        figures = harness.in_turn({"plain": plain_loop, "ours": lambda: replayed(environment, url)}, RUNS)
-        ratios = {"replay_vs_plain_loop": harness.ratio(figures, "ours", "plain")}
-        for name, seconds in live(environment).items():
+            ours, other = f"ours_{shape}", f"plain_{shape}"
+            figures |= harness.in_turn({other: plain_loop, ours: lambda: replayed(environment, url)}, RUNS)
+            ratios[f"replay_vs_plain_loop_{shape}"] = harness.ratio(figures, ours, other)
+        for name, seconds in live(environment, url).items():
             p99 = statistics.quantiles(seconds, n=100)[98]
             harness.say(f"{name}: p99 freshness {p99:.2f} s of {len(seconds)}")
             figures[f"{name}_p99_ms"] = [p99 * 1000]

@@ -101,6 +101,18 @@ def leave(role: str) -> Action:
     return act
 
 
+def replay(source: str) -> Action:
+    """Replay all that a topic holds, from beginning to end; Kafka and Postgres must be up."""
+
+    async def act(run: Run) -> None:
+        process = run.deployment.start("replay", "--from", "1d ago", "--source", source, module=run.module)
+        run.started.append(process)
+        await eventually("the replay ends", lambda: process.poll() is not None, START_SECONDS)
+        assert process.returncode == 0, run.deployment.log(process)
+
+    return act
+
+
 def in_transaction(act_on: Callable[[Run, Member], None]) -> Action:
     """Do it to a sink that is in the middle of a transaction: progress locked, rows written, nothing committed."""
 

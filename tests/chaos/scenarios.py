@@ -55,6 +55,14 @@ _WORKERS_AND_SINKS = [
         seconds=16,
     ),
     Scenario(
+        "replayed_under_load",  # again and again, beside a worker and a sink that are killed
+        steps=[
+            (2, do.replay("events")),
+            (4, all_of(do.kill("worker"), do.replay("batches"))),
+            (6, all_of(in_transaction(do.kill_it), do.replay("events"), do.replay("batches"))),
+        ],
+    ),
+    Scenario(
         "sinks_join_and_leave",
         steps=[(at, do.join("sink") if at % 6 == 0 else do.leave("sink")) for at in range(0, 16, 3)],
         seconds=16,
