@@ -17,7 +17,7 @@ from uuid import UUID
 
 import msgspec
 import uvicorn
-from fastapi import Depends, FastAPI, Header, HTTPException, Query, Response
+from fastapi import Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -36,6 +36,7 @@ _RESEND_SECONDS: Final = 5.0
 # Most rows in an event: with values at their limit some 4 MB, usually 200 kB.
 _EVENT_ROWS: Final = 1000
 _MOST_AGENTS: Final = 500
+_LOCAL_NAMES: Final = ("localhost", "127.0.0.1", "::1")
 # A client that takes nothing for so long is cut off by the kernel; until then it holds an event and this buffer.
 _STALLED_SECONDS: Final = 20
 _SEND_BUFFER_BYTES: Final = 256 * 1024
@@ -88,6 +89,8 @@ class LiveServer:
     """The application and what it serves from.
 
     `read(agent_ids)` is the store's, for requests that want what Postgres has now; `table` follows the listener.
+    `is_local`: only this machine's own names are answered where there is no token. A foreign page, whose name leads
+    to 127.0.0.1 (DNS rebinding), could read agents' metadata in its visitor's browser otherwise.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class LiveServer:
         freshness: Freshness,
         token: str | None = None,
         cors_origins: Sequence[str] = (),
+        is_local: bool = False,
     ) -> None:
         self._table = table
         self._read = read
@@ -108,6 +112,7 @@ class LiveServer:
         self._freshness = freshness
         self._registry = registry
         self._token = token
+        self._is_local = is_local
         # Versions count within this process: an event id of another one means a fresh start.
         self._run_id = secrets.token_hex(4)
         self._is_closing = False
@@ -132,7 +137,8 @@ class LiveServer:
                 allow_methods=["GET"],
                 allow_headers=["Authorization", "Last-Event-ID"],
             )
-        guarded: dict[str, Any] = {"dependencies": [Depends(self._bearer())] if self._token else []}
+        guard = self._bearer() if self._token else _require_local_name if self._is_local else None
+        guarded: dict[str, Any] = {"dependencies": [Depends(guard)] if guard else []}
         many: dict[str, Any] = {"responses": {200: {"model": ManyAgents}}, **guarded}
         one: dict[str, Any] = {"responses": {200: {"model": AgentMetadata}}, **guarded}
         stream: dict[str, Any] = {"responses": {200: {"content": {"text/event-stream": {}}}}, **guarded}
@@ -280,6 +286,12 @@ class LiveServer:
         """Return Prometheus metrics."""
         self._metrics.show_pairs(*self._table.count(time.time()))
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _require_local_name(request: Request) -> None:
+    if request.url.hostname not in _LOCAL_NAMES:
+        names = ", ".join(_LOCAL_NAMES)
+        raise HTTPException(403, f"without AGENT_METADATA_SERVE_TOKEN only these names are answered here: {names}")
 
 
 class _Page(StaticFiles):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import Any, Final
 from uuid import UUID
 
@@ -74,6 +75,7 @@ async def run_serve(settings: Settings) -> None:
         registry=registry,
         freshness=rows.freshness,
         token=settings.serve_token.get_secret_value() if settings.serve_token else None,
+        is_local=_is_loopback(settings.serve_host),
         cors_origins=[origin.strip() for origin in settings.serve_cors_origins.split(",") if origin.strip()],
     )
     stop = asyncio.Event()
@@ -89,3 +91,10 @@ async def run_serve(settings: Settings) -> None:
             following.result()
         following.cancel()
     _log.info("serve_stopped")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -267,6 +267,23 @@ async def test_token_guards_what_agents_say_and_nothing_else():
             assert (await get(server.url, path))[0] == 200, path
 
 
+async def test_foreign_name_that_leads_to_this_machine_is_refused_without_a_token():
+    now = datetime.now(UTC)
+    paths = (f"/agents/{A1}/metadata", f"/metadata?agent={A1}", f"/agents/{A1}/metadata/watch", "/metadata/watch")
+    async with serving(is_local=True) as server:
+        server.stored = [(A1, "k", "v", "", now)]
+        for path in paths:
+            status, body, _ = await get(server.url, path, Host="evil.example:8080")
+            assert (status, "AGENT_METADATA_SERVE_TOKEN" in body["detail"]) == (403, True), path
+        for name in ("localhost", "LOCALHOST:8080", "127.0.0.1:1", "[::1]:8080"):
+            assert (await get(server.url, paths[0], Host=name))[0] == 200, name
+    for options in ({"is_local": True, "token": "s3cret"}, {}):
+        async with serving(**options) as server:
+            server.stored = [(A1, "k", "v", "", now)]
+            given = {"Host": "proxied.example", "Authorization": "Bearer s3cret"}
+            assert (await get(server.url, paths[0], **given))[0] == 200
+
+
 async def test_other_origins_may_read_only_if_they_are_named():
     async with serving() as server:
         _, _, response = await get(server.url, "/live", Origin="https://other.example")
