@@ -5,7 +5,8 @@ range, folds by the worker's rules and writes the rows, on the same entries: BEN
 and a fifth as many, one a report.
 Freshness is the time from a report to its row's NOTIFY, of 500 live reports a second in windows of 1 s, without and
 with replays of all entries running; no row may move back meanwhile, and each must be right in the end. The refill
-writes 1,000,000 pairs into an empty table.
+writes 1,000,000 pairs into an empty table; by the sink, from the kill -9 of a backend, which empties an UNLOGGED table,
+until all are there again: Postgres's own recovery included.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,7 @@ SHAPES = {1: ENTRIES // 5, 10: ENTRIES}  # by entries a report; the last one's t
 RUNS = 3
 LIVE_AGENTS, WATCHED, LIVE_SECONDS = 500, 20, 30.0
 REFILL_AGENTS, REFILL_KEYS, BATCH_SIZE = 100_000, 10, 500
+WHOLE = REFILL_AGENTS * REFILL_KEYS
 
 NOTE_MOVES_BACK = """
 create table moved_back (agent_id uuid, key text);
@@ -185,13 +189,55 @@ def fill_batches(servers: str, topic: str) -> None:
 def refilled(environment: dict[str, str], url: str) -> float:
     asyncio.run(truncate(url))
     done = command(environment, "refill")
-    assert done["changed"] == REFILL_AGENTS * REFILL_KEYS
+    assert done["changed"] == WHOLE
     return float(done["seconds"])
+
+
+def healed(environment: dict[str, str], url: str) -> float:
+    """Have a sink fill an UNLOGGED table, crash Postgres, and return the seconds until the table is whole again."""
+    sink = start(environment, "sink", stderr=subprocess.DEVNULL)
+    try:
+        asyncio.run(wait_until_whole(url))
+        crash_began = asyncio.run(crash(url))
+        asyncio.run(wait_until_whole(url))
+        return time.monotonic() - crash_began
+    finally:
+        sink.terminate()
+        sink.wait()
+
+
+async def crash(url: str) -> float:
+    connection = await asyncpg.connect(url)
+    pid = await connection.fetchval(
+        "select pid from pg_stat_activity where application_name = 'agent-metadata-sink' limit 1"
+    )
+    os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    with suppress(asyncpg.PostgresError, OSError):
+        await connection.execute("select pg_sleep(60)")
+    return began
+
+
+async def wait_until_whole(url: str) -> None:
+    async with asyncio.timeout(600):
+        while True:
+            with suppress(asyncpg.PostgresError, OSError):
+                connection = await asyncpg.connect(url)
+                while await connection.fetchval("select count(*) from workspace_agent_metadata") < WHOLE:
+                    await asyncio.sleep(0.5)
+                return await connection.close()
+            await asyncio.sleep(0.1)
+
+
+async def make_unlogged(url: str) -> None:
+    connection = await asyncpg.connect(url)
+    await migrate(connection, unlogged=True)
+    await connection.close()
+    await truncate(url)
 
 
 async def truncate(url: str) -> None:
     connection = await asyncpg.connect(url)
-    await migrate(connection)
     await connection.execute("truncate workspace_agent_metadata")
     await connection.execute("checkpoint")
     await connection.close()
@@ -234,6 +280,8 @@ def main() -> None:
         refill_environment = {**environment, "AGENT_METADATA_BATCHES_TOPIC": f"refill-{uuid.uuid4().hex[:4]}"}
         fill_batches(servers, refill_environment["AGENT_METADATA_BATCHES_TOPIC"])
         figures["refill_1m_pairs_ms"] = [refilled(refill_environment, url) * 1000 for _ in range(RUNS)]
+        asyncio.run(make_unlogged(url))
+        figures["crash_to_1m_pairs_ms"] = [healed(refill_environment, url) * 1000 for _ in range(RUNS)]
         harness.report(
             "replay",
             unit="entries a second; milliseconds",

@@ -1,7 +1,7 @@
 """The worker against stock Faust and against a plain consumer loop, on the same topic.
 
 Clocks start at the assignment of the partitions. Ours and the plain loop take all entries; stock Faust as many as it
-can in 20 s. Ours includes the windows, and ends when Kafka has acknowledged every batch and the offsets are committed.
+can in 10 s. Ours includes the windows, and ends when Kafka has acknowledged every batch and the offsets are committed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 from bench import harness
 from bench.plain import Newest, assigned_consumer, fold
 
-ENTRIES = 1_000_000
-STOCK_SECONDS = 20.0
-RUNS = 3
+ENTRIES = 3_000_000
+STOCK_SECONDS = 10.0
+RUNS = 5
 
 
 def stock(topic: str, servers: str, **_: Any) -> None:
