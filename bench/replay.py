@@ -208,9 +208,9 @@ def healed(environment: dict[str, str], url: str) -> float:
 
 async def crash(url: str) -> float:
     connection = await asyncpg.connect(url)
-    pid = await connection.fetchval(
-        "select pid from pg_stat_activity where application_name = 'agent-metadata-sink' limit 1"
-    )
+    found = "select pid from pg_stat_activity where application_name = 'agent-metadata-sink' limit 1"
+    while (pid := await connection.fetchval(found)) is None:
+        await asyncio.sleep(0.1)
     os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
     with suppress(asyncpg.PostgresError, OSError):
