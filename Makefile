@@ -29,7 +29,7 @@ format: .venv/.dev ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-worker bench-sink bench-end-to-end bench-serve ## All benchmarks, about twelve minutes
+bench: bench-worker bench-sink bench-end-to-end bench-serve ## Worker, sink, end to end and serve: about twelve minutes
 
 bench-worker: .venv/.dev ## The worker against stock Faust and a plain loop
 	$(BIN)/python -m bench.worker
