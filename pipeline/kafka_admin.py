@@ -226,6 +226,8 @@ class KafkaAdmin:
 
     def _unavailable(self, error: KafkaException) -> ServiceUnavailable:
         reason = error.args[0]
+        if reason.code() == KafkaError._UNSUPPORTED_FEATURE:
+            return ServiceUnavailable(f"Kafka at {self._servers} is too old for this, or an embedded broker, for demos")
         if reason.code() not in _SILENCE:
             answer = reason.str().removeprefix("Broker: ").rstrip(".")
             return ServiceUnavailable(

@@ -168,6 +168,10 @@ class _Run:
 
     async def _find_ranges(self, topic: TopicFacts) -> None:
         plan = self._plan
+        if topic.is_embedded:
+            raise ConfigError(
+                "the embedded broker finds no records by time; name a real one in KAFKA_BOOTSTRAP_SERVERS"
+            )
         async with range_reader(self._settings, topic) as finder:
             found = await asyncio.to_thread(finder.between, range(topic.partitions), _ms(plan.start), _ms(plan.end))
         if any(item.is_cut for item in found):

@@ -40,11 +40,12 @@ class TopicSpec:
 
 @dataclass(frozen=True)
 class TopicFacts:
-    """One topic as it is; `topic_id` names this incarnation of it."""
+    """One topic as it is; `topic_id` names this incarnation of it. `is_embedded`: its broker is for demos."""
 
     name: str
     topic_id: str
     partitions: int
+    is_embedded: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,10 @@ def require_topics(
             ids = {name: topic_id_by_name(name) for name in names}
         else:
             ids = admin.topic_ids(names, max(deadline - time.monotonic(), _MIN_REQUEST_SECONDS))
-    facts = {role: TopicFacts(spec.name, ids[spec.name], cluster.partitions[spec.name]) for role, spec in specs.items()}
+    facts = {
+        role: TopicFacts(spec.name, ids[spec.name], cluster.partitions[spec.name], cluster.is_embedded)
+        for role, spec in specs.items()
+    }
     if {"events", "batches"} <= facts.keys():
         require_equal_partitions(facts["events"], facts["batches"])
     return facts

@@ -11,8 +11,9 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from pipeline.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
+from pipeline.local import MockBroker
 from pipeline.topic_admin import create_topics, delete_topics, load_topic_specs
-from tests.deployment import eventually
+from tests.deployment import Deployment, eventually
 
 pytestmark = pytest.mark.services
 
@@ -245,6 +246,21 @@ async def test_missing_topic_or_table_is_said_in_one_line(deploy):
     pipeline.environment["AGENT_METADATA_EVENTS_TOPIC"] = "nonesuch"
     line = await refused(pipeline, "--from", "1h ago", code=1)
     assert line.startswith("agent-metadata: the cluster lacks nonesuch, or hides it")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [(["replay", "--from", "1h ago"], 2, "finds no records by time"), (["status"], 1, "embedded broker, for demos")],
+)
+async def test_embedded_broker_says_what_it_can_t_instead_of_finding_nothing(
+    database_url, tmp_path, command, code, words
+):
+    with MockBroker() as broker:
+        pipeline = Deployment(broker.bootstrap_servers, database_url, tmp_path)
+        await pipeline.prepare()
+        process = pipeline.start_command(*command)
+        _, err = await asyncio.to_thread(process.communicate, timeout=60)
+    assert (process.returncode, words in err) == (code, True), err
 
 
 async def test_user_without_rights_is_told_before_anything_is_read(deploy, database_url):
