@@ -152,7 +152,12 @@ ALL_SEEN = "events DESCRIBE, batches DESCRIBE, dead-letter DESCRIBE"
 LACKING = {
     "worker, its group": (("worker",), f"{ALL_SEEN}, events READ", "", "needs READ on topic {events} and on group"),
     "worker, events": (("worker",), ALL_SEEN, "worker READ", "needs READ on topic {events} and on group"),
-    "worker, batches": (("worker",), f"{ALL_SEEN}, events READ", "worker READ", "refused a record for {batches}: "),
+    "worker, batches": (
+        ("worker",),
+        f"{ALL_SEEN}, events READ, dead-letter WRITE",
+        "worker READ",
+        "refused a record for {batches}: ",
+    ),
     "sink, its group": (("sink",), f"{ALL_SEEN}, batches READ", "", "needs READ on topic {batches} and on group"),
     "sink, batches": (("sink",), ALL_SEEN, "sink READ", "needs READ on topic {batches} and on group"),
     "sink, sight of a topic": (("sink",), "batches READ, dead-letter WRITE", "sink READ", "lacks {events}, or hides"),
