@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from prometheus_client import CollectorRegistry
 
+from pipeline.errors import PipelineError
 from pipeline.metrics import PREFIX, ProducerMetrics
 from pipeline.report import Entry, Report, apply_limits, encode_report, key_problem
 
@@ -52,6 +54,7 @@ class MetadataProducer:
         self._warned_at = -DROP_WARNING_SECONDS
         self._dropped_since_warning = 0
         self._is_closed = False
+        self._failed = 0
         self._producer = Producer(
             {
                 **client_config,
@@ -84,6 +87,7 @@ class MetadataProducer:
                 (nothing is queued), or the keys together exceed 6,144 bytes: what came before that key is queued,
                 as coder's agent API does.
             RuntimeError: the producer is closed.
+            PipelineError: Kafka takes no reports for this topic from this user; or, for good, from this producer.
         """
         if self._is_closed:
             raise RuntimeError("the producer is closed: this report would be lost")
@@ -97,14 +101,15 @@ class MetadataProducer:
         return is_queued
 
     def flush(self, timeout_seconds: float = 30.0) -> int:
-        """Wait for acknowledgements; return how many reports still have none."""
-        left: int = self._producer.flush(timeout_seconds)
-        return left
+        """Wait for acknowledgements; return how many reports still wait for one."""
+        with contextlib.suppress(KafkaException):  # of a producer that is refused for good, as add() says
+            self._producer.flush(timeout_seconds)
+        return len(self._producer)
 
     def close(self, timeout_seconds: float = 15.0) -> int:
-        """Flush and take no more reports; return how many were not acknowledged."""
+        """Flush and take no more reports; return how many of all that were queued Kafka did not acknowledge."""
         self._is_closed = True
-        return self.flush(timeout_seconds)
+        return self.flush(timeout_seconds) + self._failed
 
     def __enter__(self) -> Self:
         return self
@@ -112,20 +117,23 @@ class MetadataProducer:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if left := self.close():
+        if left := self.close() - self._failed:  # each refusal was logged
             self._log.warning("reports_not_acknowledged", count=left, advice="is Kafka up?")
 
     def _produce(self, report: Report) -> bool:
-        self._producer.poll(0)
         value = encode_report(report)
         try:
+            self._producer.poll(0)
             self._producer.produce(self._topic, value, report.agent_id.encode(), on_delivery=self._delivered)
         except BufferError:
             self._count_dropped(len(report.entries))
             return False
         except KafkaException as error:
-            if error.args[0].code() != KafkaError.MSG_SIZE_TOO_LARGE:
-                raise
+            reason = error.args[0]
+            if reason.code() != KafkaError.MSG_SIZE_TOO_LARGE:
+                raise PipelineError(
+                    f"Kafka takes no reports for {self._topic}: {reason.str()}; may this user WRITE to it?"
+                ) from error
             raise ValueError(
                 f"report of {len(value)} bytes is too large for a record: send fewer keys at once"
             ) from None
@@ -141,6 +149,7 @@ class MetadataProducer:
 
     def _delivered(self, error: KafkaError | None, _message: Message) -> None:
         if error is not None:
+            self._failed += 1
             self._metrics.failed_deliveries.inc()
             self._log.warning("report_not_delivered", topic=self._topic, error=error.str())
 

@@ -42,6 +42,8 @@ class Publisher:
             }
         )
         self._loop = asyncio.get_running_loop()
+        self._waiting: set[asyncio.Future[None]] = set()  # touched on the event loop only
+        self._failure: PipelineError | None = None
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="publisher-poll", daemon=True)
         self._thread.start()
@@ -57,9 +59,13 @@ class Publisher:
     ) -> asyncio.Future[None]:
         """Queue a record; the future is done when Kafka has acknowledged it.
 
-        Raises (from the future): PipelineError, if Kafka refuses this record for good.
+        Raises (from the future as well): PipelineError, if Kafka refuses this record, or this producer, for good.
         """
+        if self._failure is not None:
+            raise self._failure
         acknowledged: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.add(acknowledged)
+        acknowledged.add_done_callback(self._waiting.discard)
 
         def on_delivery(error: KafkaError | None, _message: Message) -> None:
             self._loop.call_soon_threadsafe(_settle, acknowledged, error, topic)
@@ -90,8 +96,17 @@ class Publisher:
         return left
 
     def _poll(self) -> None:
-        while not self._is_closing.is_set():
-            self._producer.poll(_POLL_SECONDS)
+        try:
+            while not self._is_closing.is_set():
+                self._producer.poll(_POLL_SECONDS)
+        except KafkaException as error:  # a fatal one: no delivery is reported any more
+            self._loop.call_soon_threadsafe(self._fail, error.args[0])
+
+    def _fail(self, error: KafkaError) -> None:
+        self._failure = PipelineError(f"Kafka refuses the producer for good: {error.str()}; start again")
+        for acknowledged in list(self._waiting):
+            if not acknowledged.done():
+                acknowledged.set_exception(self._failure)
 
 
 def _settle(acknowledged: asyncio.Future[None], error: KafkaError | None, topic: str) -> None:

@@ -267,6 +267,7 @@ def test_report_that_kafka_refuses_is_counted_and_logged(bootstrap_servers):
             producer.add(A1, ["k"], ["v"], [""])
     assert registry.get_sample_value("agent_metadata_failed_deliveries_total") == 1
     assert [entry["event"] for entry in logs] == ["report_not_delivered"]
+    assert (producer.flush(), producer.close()) == (0, 1)
 
 
 def test_what_is_dropped_is_told_to_the_logger_that_was_given():

@@ -20,6 +20,8 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
+from pipeline.errors import PipelineError
+from pipeline.publisher import Publisher
 from tests.deployment import Deployment, consume_all, eventually
 from tests.documentation import table_rows
 from tests.secured_kafka import PASSWORD, USER, SecuredKafka, secured_kafka
@@ -28,9 +30,10 @@ pytestmark = pytest.mark.services
 
 AGENT = UUID("0b7c1e1c-3a54-4be5-9f0e-2a8f7b1ac002")
 ROLES = ("events", "batches", "dead-letter")
+PRODUCE = ("produce", "--agents", "3", "--duration", "2")
 # How the commands end whose rights are enough; status and why find what is wrong here, as nothing runs.
 COMMANDS = {
-    "`produce`, your producers": (("produce", "--agents", "3", "--duration", "0.1"), 0),
+    "`produce`, your producers": (PRODUCE, 0),
     "`status`": (("status",), 1),
     "`why`": (("why", str(AGENT), "cpu"), 1),
     "`replay`": (("replay", "--from", "1h ago"), 0),
@@ -158,6 +161,9 @@ LACKING = {
         "worker READ",
         "refused a record for {batches}: ",
     ),
+    "worker, all it writes": (("worker",), f"{ALL_SEEN}, events READ", "worker READ", "Kafka refuse"),
+    "produce, events": (PRODUCE, "events DESCRIBE, batches WRITE", "", "takes no reports for {events}: "),
+    "produce, all it writes": (PRODUCE, "events DESCRIBE", "", "takes no reports for {events}: "),
     "sink, its group": (("sink",), f"{ALL_SEEN}, batches READ", "", "needs READ on topic {batches} and on group"),
     "sink, batches": (("sink",), ALL_SEEN, "sink READ", "needs READ on topic {batches} and on group"),
     "sink, sight of a topic": (("sink",), "batches READ, dead-letter WRITE", "sink READ", "lacks {events}, or hides"),
@@ -179,4 +185,14 @@ async def test_who_lacks_a_right_ends_at_once_with_a_line_that_names_it(two, com
     assert code in (1, 2)
     assert words.format(**two.admin.settings.topic_names) in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("agent-metadata: ")
-    assert "Traceback" not in err
+    assert "Traceback" not in err, err
+
+
+async def test_publisher_that_is_refused_for_good_fails_what_waits_and_what_comes_later(two):
+    await two.admin.prepare()
+    two.grant("events DESCRIBE")
+    publisher = Publisher(two.user.settings.client_config())
+    for _ in range(2):
+        with pytest.raises(PipelineError, match="Kafka refuse"):
+            await asyncio.wait_for(await publisher.send(two.user.settings.events_topic, b"{}"), 30)
+    assert await publisher.close(5) == 0
