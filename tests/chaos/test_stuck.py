@@ -21,12 +21,12 @@ STUCK_SECONDS = 15  # the least that the setting takes
 # The roles' command, with a consumer that hands nothing over, or an event loop that doesn't turn.
 WORKER_WITHOUT_RECORDS = """
 import asyncio
-from pipeline import chunks, cli
+from pipeline import chunk_transport, cli
 
 async def nothing(*_, **__):
     await asyncio.Event().wait()
 
-chunks.ChunkConsumerThread.getmany = nothing
+chunk_transport.ChunkConsumerThread.getmany = nothing
 cli.main()
 """
 WORKER_WITHOUT_TURNS = """
