@@ -12,15 +12,13 @@ from typing import Any, Final
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import ClusterAuthorizationFailedError, KafkaError, TopicAuthorizationFailedError
 
-from pipeline.chunks import Chunk, fetch_in_chunks
+from pipeline.chunks import FETCH_BYTES, Chunk, fetch_in_chunks
 from pipeline.errors import ConfigError, ServiceUnavailable
 from pipeline.window import Record
 
 _READ_SECONDS: Final = 0.2
 # aiokafka tries again for ever by itself; a person who waits wants to know.
 _SILENCE_SECONDS: Final = 60.0
-# What is fetched ahead, while the records of one response are folded; as the worker's.
-_FETCH_BYTES: Final = 4 * 1024 * 1024
 _REFUSALS: Final = (TopicAuthorizationFailedError, ClusterAuthorizationFailedError)
 
 
@@ -40,7 +38,7 @@ class ChunkReader:
             client_id="agent-metadata-replay",
             enable_auto_commit=False,
             auto_offset_reset="earliest",  # retention may overtake a slow reader
-            max_partition_fetch_bytes=_FETCH_BYTES,
+            max_partition_fetch_bytes=FETCH_BYTES,
             # At a partition's end a fetch waits so long for more, and the next partition waits behind it.
             fetch_max_wait_ms=10,
         )

@@ -25,10 +25,10 @@ class ChunkConsumerThread(driver.AIOKafkaConsumerThread):
         fetch_in_chunks(self._ensure_consumer())
 
     async def check_errors(self) -> None:
-        """Raise the error that keeps aiokafka out of its group: it waits to be asked, which Faust never does."""
-        await self.call_thread(self._check_errors)
+        """Raise the error that keeps aiokafka out of its group: it waits to be asked, which Faust never does.
 
-    async def _check_errors(self) -> None:
+        To be called in this thread.
+        """
         self._ensure_consumer()._coordinator.check_errors()
 
 
@@ -97,7 +97,7 @@ class ChunkConsumer(driver.Consumer):
 
     async def check_errors(self) -> None:
         """Raise what keeps this consumer out of its group, if anything: a right it lacks, an unexpected answer."""
-        await self._thread.check_errors()
+        await self._thread.call_thread(self._thread.check_errors)
 
     def committed_offset(self, tp: TP) -> int | None:
         """Return where this partition was taken up, or None if nothing was ever committed for it."""

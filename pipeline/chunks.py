@@ -25,6 +25,8 @@ TARGET_RECORDS: Final = 2000
 # Records are decoded this many at a time, right before they are folded: they are still in the processor's cache
 # then, and their memory serves the next ones. Decoding a whole fetch ahead costs three times as much a record.
 RECORDS_PER_SLICE: Final = 500
+# What a fetch asks for of a partition: large enough to keep round trips rare.
+FETCH_BYTES: Final = 4 * 1024 * 1024
 # A poll takes at most this many chunks, so that one partition's backlog can't fill the memory.
 MAX_CHUNKS_PER_POLL: Final = 16
 

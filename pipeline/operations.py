@@ -14,7 +14,7 @@ from pipeline.chunk_reader import ChunkReader
 from pipeline.clock import SystemClock
 from pipeline.errors import RowRejected
 from pipeline.faust_credentials import aiokafka_security
-from pipeline.range_reader import RangeReader
+from pipeline.range_reader import OffsetRange, RangeReader
 from pipeline.replay import EVERYTHING, BatchesFold, EventsFold, Filter, Fold, Pace, Replay, ReplaySource, Summary
 from pipeline.settings import Settings
 from pipeline.store import Store
@@ -47,6 +47,14 @@ async def range_reader(settings: Settings, topic: TopicFacts) -> AsyncIterator[R
         yield reader
     finally:
         await asyncio.to_thread(reader.close)
+
+
+async def find_ranges(
+    settings: Settings, topic: TopicFacts, start_ms: int | None = None, end_ms: int | None = None
+) -> list[OffsetRange]:
+    """Find what arrived in a topic in [start_ms, end_ms); see RangeReader.between."""
+    async with range_reader(settings, topic) as reader:
+        return await asyncio.to_thread(reader.between, range(topic.partitions), start_ms, end_ms)
 
 
 @contextlib.asynccontextmanager
@@ -139,8 +147,7 @@ async def refill(
     ):
         if not is_ours:
             return None
-        async with range_reader(settings, topic) as finder:
-            ranges = await asyncio.to_thread(finder.between, range(topic.partitions), None, None)
+        ranges = await find_ranges(settings, topic)
         on_found(sum(item.end - item.start for item in ranges))
         async with chunk_reader(settings, topic) as reader:
             replay = wire_replay(settings, "batches", reader, store, on_read=on_read)

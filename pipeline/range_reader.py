@@ -11,7 +11,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from pipeline.errors import ConfigError, ServiceUnavailable
 
-RECORDS_PER_READ: Final = 5000
+_RECORDS_PER_READ: Final = 5000
 _READ_SECONDS: Final = 0.2
 _QUERY_SECONDS: Final = 10.0
 # librdkafka tries again for ever by itself; a person who waits wants to know.
@@ -104,12 +104,7 @@ class RangeReader:
         """Tell whether the open range is read to its end."""
         return self._next >= self._range.end
 
-    @property
-    def position(self) -> int:
-        """The offset after the last record read, at most the range's end."""
-        return min(self._next, self._range.end)
-
-    def read(self, limit: int = RECORDS_PER_READ) -> list[Message]:
+    def read(self, limit: int = _RECORDS_PER_READ) -> list[Message]:
         """Return the next records of the open range, in offset order; none if none came within 0.2 s."""
         if self.is_done:
             return []

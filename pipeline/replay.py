@@ -45,11 +45,18 @@ class Reader(Protocol):
     """What a replay asks of chunk_reader.ChunkReader."""
 
     @property
-    def is_done(self) -> bool: ...  # noqa: D102
+    def is_done(self) -> bool:
+        """Tell whether the open range is read to its end."""
+
     @property
-    def position(self) -> int: ...  # noqa: D102
-    def open(self, partition: int, start: int, end: int) -> None: ...  # noqa: D102
-    async def read(self) -> Iterator[list[Record]]: ...  # noqa: D102
+    def position(self) -> int:
+        """The offset after the last record read, at most the range's end."""
+
+    def open(self, partition: int, start: int, end: int) -> None:
+        """Begin with offsets `start` up to, not including, `end`."""
+
+    async def read(self) -> Iterator[list[Record]]:
+        """Return the next records in lists of one record batch each, decoded as they are iterated."""
 
 
 class Written(Protocol):
@@ -98,7 +105,9 @@ class Fold(Protocol):
 
     dead: int
 
-    def fold(self, records: Sequence[Record], start: int) -> int: ...  # noqa: D102
+    def fold(self, records: Sequence[Record], start: int) -> int:
+        """Fold records of one record batch, from `start` on, until all are done or the capacity is reached."""
+
     @property
     def entries(self) -> int: ...  # noqa: D102
     @property

@@ -19,7 +19,7 @@ from pipeline.console import JsonOption, canonical_agents, command_settings, err
 from pipeline.errors import ConfigError, ServiceUnavailable
 from pipeline.migrations import require_schema
 from pipeline.moments import parse_moment
-from pipeline.operations import chunk_reader, range_reader, refill, replay_store, require_all_topics, wire_replay
+from pipeline.operations import chunk_reader, find_ranges, refill, replay_store, require_all_topics, wire_replay
 from pipeline.processes import tune_garbage_collector
 from pipeline.replay import Filter, Interrupted, Replay, ReplaySource, Summary
 from pipeline.resume import Range, ReplayPlan, load_plan, save_plan
@@ -172,8 +172,7 @@ class _Run:
             raise ConfigError(
                 "the embedded broker finds no records by time; name a real one in KAFKA_BOOTSTRAP_SERVERS"
             )
-        async with range_reader(self._settings, topic) as finder:
-            found = await asyncio.to_thread(finder.between, range(topic.partitions), _ms(plan.start), _ms(plan.end))
+        found = await find_ranges(self._settings, topic, _ms(plan.start), _ms(plan.end))
         if any(item.is_cut for item in found):
             errors.print(f"records of the range may be gone: retention has deleted the oldest of {topic.name}")
         plan.topic, plan.topic_id = topic.name, topic.topic_id

@@ -20,7 +20,7 @@ from faust.types import TP
 
 from pipeline.batch import Source, Window, encode_batch, split
 from pipeline.chunk_transport import ChunkApp, ChunkConsumer, ChunkSchema
-from pipeline.chunks import Chunk
+from pipeline.chunks import FETCH_BYTES, Chunk
 from pipeline.clock import Clock
 from pipeline.errors import ConfigError, ServiceUnavailable, TopicMismatch
 from pipeline.faust_credentials import faust_credentials
@@ -36,7 +36,6 @@ from pipeline.window import ClosedWindow, Record, Rejected
 COMMIT_INTERVAL_SECONDS: Final = 1.0
 # Chunks that may wait in the stream: each has some thousand records, or one record however large.
 _STREAM_BUFFER_CHUNKS: Final = 16
-_FETCH_BYTES: Final = 4 * 1024 * 1024
 _YEAR_SECONDS: Final = 31_536_000
 # A group that no one else is in gives partitions within a second, and one that rebalances within three.
 _START_SECONDS: Final = 5.0
@@ -157,10 +156,9 @@ class Worker:
         starting = asyncio.create_task(self.app.start())  # which waits for the group to give us partitions
         starting.add_done_callback(self._fail_with)
         upkeep = asyncio.create_task(self._commit_regularly())
+        upkeep.add_done_callback(self._fail_with)
         waits = [asyncio.create_task(event.wait()) for event in (self._stop, self.app._crashed, self.app._stopped)]
-        await asyncio.wait([upkeep, *waits], return_when=asyncio.FIRST_COMPLETED)
-        if upkeep.done():
-            self._fail_with(upkeep)
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         self._failure = self._failure or self.app.crash_reason
         if self._failure is None:
             await asyncio.wait([starting], timeout=_START_SECONDS)  # what is half started stops badly
@@ -358,7 +356,7 @@ def _new_app(settings: Settings) -> ChunkApp:
         stream_wait_empty=False,
         stream_buffer_maxsize=_STREAM_BUFFER_CHUNKS,
         consumer_auto_offset_reset="earliest",
-        consumer_max_fetch_size=_FETCH_BYTES,
+        consumer_max_fetch_size=FETCH_BYTES,
         broker_max_poll_records=16,
         broker_max_poll_interval=_YEAR_SECONDS,  # a worker without partitions, or held up by Kafka, stays in the group
         broker_session_timeout=session,

@@ -27,6 +27,11 @@ from pipeline.settings import Settings
 from pipeline.topic_admin import create_topics, load_topic_specs
 
 DEADLINE_SECONDS = 60.0
+# What each command says of a topic that is not there.
+NONESUCH_MISSING = (
+    "agent-metadata: the cluster lacks nonesuch, or hides it from a user without DESCRIBE: "
+    "run `agent-metadata topics create`"
+)
 
 
 async def eventually(what: str, holds: Callable[[], Any], seconds: float = DEADLINE_SECONDS) -> Any:

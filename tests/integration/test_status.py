@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tests.deployment import eventually
+from tests.deployment import NONESUCH_MISSING, eventually
 
 pytestmark = pytest.mark.services
 
@@ -118,7 +118,7 @@ async def test_missing_topics_and_tables_are_said_in_one_line(deploy):
     pipeline.environment["AGENT_METADATA_EVENTS_TOPIC"] = "nonesuch"
     code, out, err = await status(pipeline)
     assert (code, out) == (1, "")
-    assert err.startswith("agent-metadata: the cluster lacks nonesuch, or hides it")
+    assert err == f"{NONESUCH_MISSING}\n"
     async with pipeline.connection() as connection:
         await connection.execute("drop table agent_metadata_migrations")
     code, out, err = await status(pipeline)
