@@ -6,14 +6,21 @@ Faust spends about 80 microseconds on each event. Fed with chunks of some thousa
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import faust
-from aiokafka.errors import IllegalStateError
+import structlog
+from aiokafka.errors import CommitFailedError, IllegalStateError
+from aiokafka.structs import OffsetAndMetadata
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
 from pipeline.chunks import Chunk, fetch_in_chunks
+
+# What is committed with an offset: which incarnation of the topic it is of.
+_NOTE: Final = "topic_id:"
+
+_log = structlog.get_logger(__name__)
 
 
 class ChunkConsumerThread(driver.AIOKafkaConsumerThread):
@@ -24,12 +31,41 @@ class ChunkConsumerThread(driver.AIOKafkaConsumerThread):
         await super().on_start()
         fetch_in_chunks(self._ensure_consumer())
 
-    async def check_errors(self) -> None:
-        """Raise the error that keeps aiokafka out of its group: it waits to be asked, which Faust never does.
+    # What follows is to be called in this thread.
 
-        To be called in this thread.
-        """
+    async def check_errors(self) -> None:
+        """Raise the error that keeps aiokafka out of its group: it waits to be asked, which Faust never does."""
         self._ensure_consumer()._coordinator.check_errors()
+
+    async def commit_for(self, topic_id: str, offsets: Mapping[TP, int]) -> bool:
+        """Commit offsets with a note of the topic's id; false if a rebalance has taken a partition away meanwhile."""
+        note = _NOTE + topic_id
+        noted = {driver.ensure_aiokafka_TP(tp): OffsetAndMetadata(at, note) for tp, at in offsets.items()}
+        try:
+            await self._ensure_consumer().commit(noted)
+        except (CommitFailedError, IllegalStateError):
+            return False
+        return True
+
+    async def seek_to_committed_for(self, topic_id: str) -> dict[TP, int]:
+        """Seek to what is committed, to the beginning where nothing is or a note names another topic; return where."""
+        consumer = self._ensure_consumer()
+        assignment = consumer.assignment()
+        committed = await consumer._coordinator.fetch_committed_offsets(list(assignment))
+        begins = {}
+        for tp, found in committed.items():
+            note = found.metadata or ""
+            if note.startswith(_NOTE) and note != _NOTE + topic_id:
+                _log.warning("offset_of_a_deleted_topic_ignored", topic=tp.topic, partition=tp.partition)
+            else:
+                begins[tp] = found.offset
+        begins |= await consumer.beginning_offsets(assignment - begins.keys())
+        try:
+            for tp, offset in begins.items():
+                consumer.seek(tp, offset)
+        except IllegalStateError:
+            return {}  # taken away meanwhile: the next assignment seeks anew
+        return {TP(*tp): offset for tp, offset in begins.items()}
 
 
 class _ForgetfulOffsets(dict[TP, int]):
@@ -55,6 +91,7 @@ class ChunkConsumer(driver.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._read_offset = _ForgetfulOffsets()
+        self.topic_id = ""  # of the topic as it is now; the worker's to set, before partitions are taken up
 
     def _new_consumer_thread(self) -> ChunkConsumerThread:
         return ChunkConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -90,17 +127,28 @@ class ChunkConsumer(driver.Consumer):
         mine = {tp: offset for tp, offset in offsets.items() if tp in assignment}
         if not mine:
             return False
-        committed = await self._thread.commit(mine)
+        committed: bool = await self._thread.call_thread(self._thread.commit_for, self.topic_id, mine)
         if committed:
             self._committed_offset.update(mine)
-        return bool(committed) and len(mine) == len(offsets)
+        return committed and len(mine) == len(offsets)
+
+    async def perform_seek(self) -> None:
+        """Seek every partition to what is committed for this incarnation of the topic, or else to its beginning.
+
+        Faust's own leaves a partition where it is as long as nothing is committed for it, although what Faust has taken
+        of it in a rebalance was dropped. And Kafka forgets the offsets of a topic that is deleted, but takes a late
+        commit of them once the topic is made anew. What has no note of ours was set by an operator, and counts.
+        """
+        self._committed_offset.clear()
+        begins = await self._thread.call_thread(self._thread.seek_to_committed_for, self.topic_id)
+        self._committed_offset.update(begins)
 
     async def check_errors(self) -> None:
         """Raise what keeps this consumer out of its group, if anything: a right it lacks, an unexpected answer."""
         await self._thread.call_thread(self._thread.check_errors)
 
     def committed_offset(self, tp: TP) -> int | None:
-        """Return where this partition was taken up, or None if nothing was ever committed for it."""
+        """Return what was committed last, or where this partition was taken up; None: not known yet."""
         offset: int | None = self._committed_offset[tp]
         return offset
 

@@ -35,6 +35,7 @@ _SILENCE: Final = (
     KafkaError._RESOLVE,
     KafkaError._AUTHENTICATION,
     KafkaError._SSL,
+    KafkaError._DESTROY,
 )
 # What doesn't get better by waiting: librdkafka would try again until the time is over.
 _REFUSALS: Final = (KafkaError._AUTHENTICATION, KafkaError._SSL)
@@ -61,10 +62,10 @@ class Cluster(NamedTuple):
 
 
 class KafkaAdmin:
-    """An AdminClient for one visit; it keeps librdkafka's last complaint for the error message.
+    """An AdminClient that keeps librdkafka's last complaint for the error message.
 
-    All methods but `offsets` block, at most for the `timeout_s` given; all raise ServiceUnavailable if Kafka does not
-    answer by then.
+    All raise ServiceUnavailable if Kafka does not answer within the `timeout_s` given. Most block; awaited is what a
+    role asks while it runs, for a thread that waits for Kafka would hold up the end of its process.
     """
 
     def __init__(self, client_config: Mapping[str, Any]) -> None:
@@ -73,7 +74,10 @@ class KafkaAdmin:
         self._protocol = client_config.get("security.protocol", "PLAINTEXT")
         self._ca_file = client_config.get("ssl.ca.location")
         self._complaint: KafkaError | None = None
-        self._client = AdminClient({**client_config, "error_cb": self._keep, "logger": _Silent()})
+        self._client = self._connect()
+
+    def _connect(self) -> Any:
+        return AdminClient({**self._config, "error_cb": self._keep, "logger": _Silent()})
 
     def __enter__(self) -> KafkaAdmin:
         return self
@@ -160,13 +164,21 @@ class KafkaAdmin:
         """Read Kafka's ids of these incarnations of topics; `name:` and the name where a broker has no ids."""
         futures = self._client.describe_topics(TopicCollection(list(names)), request_timeout=timeout_s)
         ids = {name: str(self._asked(future.result).topic_id) for name, future in futures.items()}
-        return {name: topic_id_by_name(name) if found == _NO_TOPIC_ID else found for name, found in ids.items()}
+        return {name: _known_topic_id(name, found) for name, found in ids.items()}
+
+    async def topic_id(self, name: str, timeout_s: float) -> str | None:
+        """Read Kafka's id of this incarnation of a topic, as `topic_ids` does; None if there is no such topic now."""
+        (future,) = self._client.describe_topics(TopicCollection([name]), request_timeout=timeout_s).values()
+        try:
+            found = str((await asyncio.wrap_future(future)).topic_id)
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                return None
+            raise self._begin_anew(error) from error
+        return _known_topic_id(name, found)
 
     async def offsets(self, topic: str, partitions: Iterable[int], timeout_s: float) -> dict[int, tuple[int, int]]:
-        """Read the earliest offset and the end of each partition, from the brokers that lead them.
-
-        Awaited, not blocking: a thread that waits for Kafka would hold up the end of a process.
-        """
+        """Read the earliest offset and the end of each partition, from the brokers that lead them."""
         where = [TopicPartition(topic, partition) for partition in partitions]
         answers = [
             self._asked(partial(self._client.list_offsets, dict.fromkeys(where, spec), request_timeout=timeout_s))
@@ -178,7 +190,7 @@ class KafkaAdmin:
                 for answer in answers
             ]
         except KafkaException as error:
-            raise self._unavailable(error) from error
+            raise self._begin_anew(error) from error
         return {partition: (earliest[partition], end) for partition, end in ends.items()}
 
     def committed(self, group: str, topic: str, partitions: int, timeout_s: float) -> dict[int, int]:
@@ -224,6 +236,18 @@ class KafkaAdmin:
         except KafkaException as error:
             raise self._unavailable(error) from error
 
+    def _begin_anew(self, error: KafkaException) -> ServiceUnavailable:
+        """Have the next question asked by a new client.
+
+        After half a minute of a broker's silence librdkafka's (2.16) may wait for its controller for ever, although the
+        broker answers everybody else. A new one takes half a millisecond; what else the old one was asked ends with
+        _DESTROY.
+        """
+        unavailable = self._unavailable(error)
+        if error.args[0].code() != KafkaError._DESTROY:
+            self._client = self._connect()
+        return unavailable
+
     def _unavailable(self, error: KafkaException) -> ServiceUnavailable:
         reason = error.args[0]
         if reason.code() == KafkaError._UNSUPPORTED_FEATURE:
@@ -255,6 +279,10 @@ class KafkaAdmin:
 
     def _is_refused(self) -> bool:
         return self._complaint is not None and self._complaint.code() in _REFUSALS
+
+
+def _known_topic_id(name: str, found: str) -> str:
+    return topic_id_by_name(name) if found == _NO_TOPIC_ID else found
 
 
 def topic_id_by_name(name: str) -> str:

@@ -15,8 +15,9 @@ from pipeline.batch_consumer import BatchConsumer
 from pipeline.clock import SystemClock
 from pipeline.connections import connected
 from pipeline.dead_letter import dead_letter_headers
-from pipeline.errors import PipelineError, RowRejected, ServiceUnavailable
+from pipeline.errors import PipelineError, RowRejected, ServiceUnavailable, TopicMismatch
 from pipeline.health import Heartbeat, Outage, exit_when_stuck, serve_health
+from pipeline.incarnation import Incarnation
 from pipeline.kafka_admin import KafkaAdmin
 from pipeline.lag import ANSWER_SECONDS, LagWatch, Position
 from pipeline.metrics import ConsumerMetrics, SinkMetrics, WorkerMetrics
@@ -58,6 +59,7 @@ async def run_worker(settings: Settings) -> None:
     registry = CollectorRegistry()
     metrics = WorkerMetrics(registry, settings.events_topic)
     publisher = Publisher(settings.client_config())
+    admin = KafkaAdmin(settings.client_config())
 
     async def dead_letter(rejected: Rejected, partition: int) -> asyncio.Future[None]:
         record = rejected.record
@@ -73,20 +75,17 @@ async def run_worker(settings: Settings) -> None:
         )
         return await publisher.send(settings.dead_letter_topic, record.value, key=record.key, headers=headers)
 
-    async def events_topic_id() -> str:
-        return (await require_all_topics(settings, START_TIMEOUT_SECONDS))["events"].topic_id
-
     worker = Worker(
         settings,
         send=publisher.send,
         dead_letter=dead_letter,
-        events_topic_id=events_topic_id,
+        events_topic_id=_incarnation(admin, topics["events"]).topic_id,
         partitions=topics["events"].partitions,
         clock=SystemClock(),
         metrics=metrics,
     )
     metrics.unacknowledged_seconds.set_function(worker.unacknowledged_seconds)
-    watch = _watch_lag(settings, settings.events_topic, worker.positions, lambda: worker.is_held, metrics.consumer)
+    watch = _watch_lag(settings, admin, topics["events"], worker.positions, lambda: worker.is_held, metrics.consumer)
     heartbeat = Heartbeat(settings.stuck_seconds)
 
     def why_not_live() -> str | None:
@@ -139,8 +138,9 @@ async def run_sink(settings: Settings) -> None:
     registry = CollectorRegistry()
     batches = topics["batches"]
     metrics = SinkMetrics(registry, settings.metrics_prefix, settings.batches_topic)
-    consumer, sink = wire_sink(settings, batches, store, publisher, metrics, fail)
-    lag = _watch_lag(settings, batches.name, sink.positions, lambda: consumer.is_held, metrics.consumer)
+    admin = KafkaAdmin(settings.client_config())
+    consumer, sink = wire_sink(settings, admin, batches, store, publisher, metrics, fail)
+    lag = _watch_lag(settings, admin, batches, sink.positions, lambda: consumer.is_held, metrics.consumer)
     table = TableWatch(store.is_emptied, lambda: refill(settings))
     postgres = Outage("Postgres")
     metrics.consumer.outage_seconds.labels("postgres").set_function(lambda: max(sink.held_seconds, postgres.seconds()))
@@ -202,16 +202,14 @@ def _why_sink_not_ready(consumer: BatchConsumer, sink: Sink, table: TableWatch) 
 
 def _watch_lag(
     settings: Settings,
-    topic: str,
+    admin: KafkaAdmin,  # not the consumer: what is stuck in it must not keep the offsets from being asked for
+    topic: TopicFacts,
     positions: Callable[[], Mapping[int, Position]],
     is_held: Callable[[], bool],
     metrics: ConsumerMetrics,
 ) -> LagWatch:
-    # A client of its own: what is stuck in the consumer must not keep the offsets from being asked for.
-    admin = KafkaAdmin(settings.client_config())
-
     async def offsets(partitions: Sequence[int]) -> dict[int, tuple[int, int]]:
-        return await admin.offsets(topic, partitions, ANSWER_SECONDS)
+        return await admin.offsets(topic.name, partitions, ANSWER_SECONDS)
 
     watch = LagWatch(
         positions=positions,
@@ -223,6 +221,16 @@ def _watch_lag(
     )
     metrics.outage_seconds.labels("kafka").set_function(watch.seconds_away)
     return watch
+
+
+def _incarnation(admin: KafkaAdmin, topic: TopicFacts) -> Incarnation:
+    async def remembered() -> str:
+        return topic.topic_id  # the embedded broker can't be asked, and deletes nothing
+
+    return Incarnation(
+        topic.name,
+        remembered if topic.is_embedded else lambda: admin.topic_id(topic.name, START_TIMEOUT_SECONDS),
+    )
 
 
 async def _ping(store: Store, outage: Outage) -> None:
@@ -238,6 +246,7 @@ async def _ping(store: Store, outage: Outage) -> None:
 
 def wire_sink(
     settings: Settings,
+    admin: KafkaAdmin,
     batches: TopicFacts,
     store: Store,
     publisher: Publisher,
@@ -246,6 +255,7 @@ def wire_sink(
 ) -> tuple[BatchConsumer, Sink]:
     """Make a sink and its consumer, ready to be started; `fail` is told what they can't go on from."""
     topic_id = batches.topic_id
+    incarnation = _incarnation(admin, batches)
 
     async def positions(partitions: Sequence[int]) -> dict[int, int]:
         nonlocal topic_id
@@ -259,6 +269,8 @@ def wire_sink(
                 await asyncio.sleep(1.0)
 
     async def apply(partition: int, received: Sequence[tuple[int, Any]], reject: Any, *, earliest: int) -> Any:
+        if await incarnation.topic_id() not in (topic_id, None):
+            raise TopicMismatch(f"{batches.name} was made anew under this sink: start it again")
         target = PartitionId(topic_id, partition, batches.name)
         return await store.apply(target, [Received(*item) for item in received], reject, earliest=earliest)
 

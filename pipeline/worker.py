@@ -64,7 +64,8 @@ DeadLetter = Callable[[Rejected, int], Awaitable[asyncio.Future[None]]]
 class Worker:
     """Wires Faust's app to source partitions; `run` returns after a clean stop and raises after a failure.
 
-    `events_topic_id()` asks Kafka for the id of the events topic as it is now.
+    `events_topic_id()` asks Kafka for the id of the events topic as it is now, None if it is deleted, and waits out
+    Kafka's absence.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Worker:
         *,
         send: Send,
         dead_letter: DeadLetter,
-        events_topic_id: Callable[[], Awaitable[str]],
+        events_topic_id: Callable[[], Awaitable[str | None]],
         partitions: int,
         clock: Clock,
         metrics: WorkerMetrics,
@@ -222,7 +223,7 @@ class Worker:
         """
         if chunk.start < expected:  # after a seek back, or of another topic of the same name
             if self._consumer.highwater(tp) < expected:
-                raise TopicMismatch(f"{tp.topic} was made anew under this worker: start it again")
+                raise _made_anew(tp.topic)
             return chunk._replace(start=expected) if chunk.next_offset > expected else None
         earliest = (await self._consumer.earliest_offsets(tp))[tp]
         if earliest <= expected:
@@ -239,8 +240,14 @@ class Worker:
         return chunk
 
     async def _deliver(self, number: int, closed: ClosedWindow) -> None:
-        """Publish a closed window and, once all of it is acknowledged, make its offsets committable."""
+        """Publish a closed window and, once all of it is acknowledged, make its offsets committable.
+
+        Raises:
+            TopicMismatch: the window may hold records of a topic that was made anew, from where the old one was left.
+        """
         tp = TP(self._settings.events_topic, number)
+        if await self._ask_events_topic_id() not in (self._events_topic_id, None):
+            raise _made_anew(tp.topic)
         acknowledgements = [await self._dead_letter(rejected, number) for rejected in closed.rejected]
         batches = split(
             closed.rows,
@@ -278,11 +285,19 @@ class Worker:
             self._metrics.show_open_pairs(self.table.open_pairs())
 
     async def _on_rebalance_complete(self, app: faust.App, **_: Any) -> None:
-        """Take up the partitions; records don't flow before this returns."""
+        """Take up the partitions; records don't flow before this returns.
+
+        Raises:
+            TopicMismatch: the topic is not the one that this worker began with.
+        """
         await self._abandon(self._partitions)  # of a rebalance that another one overtook
         generation, assigned = app.consumer_generation_id, app.consumer.assignment()
-        # Asked for anew each time: the topic may have been deleted and made anew since.
-        self._events_topic_id = await self._ask_events_topic_id()
+        topic_id = await self._ask_events_topic_id()
+        if topic_id is None:  # aiokafka would look for it again in five minutes
+            raise TopicMismatch(f"{self._settings.events_topic} was deleted under this worker: start it again")
+        if self._events_topic_id not in ("", topic_id):
+            raise _made_anew(self._settings.events_topic)
+        self._events_topic_id = self._consumer.topic_id = topic_id
         ends = await self._consumer.highwaters(*assigned)
         if app.consumer_generation_id != generation:
             return
@@ -333,6 +348,10 @@ class Worker:
     def _consumer(self) -> ChunkConsumer:
         consumer: ChunkConsumer = self.app.consumer
         return consumer
+
+
+def _made_anew(topic: str) -> TopicMismatch:
+    return TopicMismatch(f"{topic} was made anew under this worker: start it again")
 
 
 def _new_app(settings: Settings) -> ChunkApp:

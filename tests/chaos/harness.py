@@ -259,7 +259,9 @@ class Run:
             verdict.problems.append(f"lag not 0 after {CATCH_UP_SECONDS} s: {await self.lag()}")
         verdict.catch_up_seconds = round(time.monotonic() - since, 1)
         held = await self.deployment.table()
-        verdict.rows_wrong = _differences(expected, held)
+        wrong = _differences(expected, held)
+        verdict.rows_wrong = len(wrong)
+        verdict.problems += [f"{pair}: {held.get(pair)} instead of {expected.get(pair)}" for pair in wrong[:3]]
         await self._audit(verdict)
         await self._hear(verdict, held)
         self._count_dead_letters(verdict)
@@ -411,8 +413,8 @@ class _Connected:
             await self._connection.close(timeout=5)
 
 
-def _differences(expected: Table, held: Table) -> int:
-    return sum(held.get(pair) != expected.get(pair) for pair in expected.keys() | held.keys())
+def _differences(expected: Table, held: Table) -> list[tuple[str, str]]:
+    return sorted(pair for pair in expected.keys() | held.keys() if held.get(pair) != expected.get(pair))
 
 
 def _shown(path: Path) -> list[tuple[tuple[str, str], tuple[str, str, datetime]]]:

@@ -23,7 +23,7 @@ def own_services(kafka_jars):
 @pytest.mark.parametrize("scenario", SELECTED, ids=lambda scenario: scenario.name)
 async def test_nothing_is_lost_twice_or_backwards_when(scenario, own_services, tmp_path):
     verdict = await Run(own_services, scenario, 1, tmp_path).perform()
-    assert verdict.is_right, verdict
+    assert verdict.is_right, str(verdict)  # pytest would cut it short
 
 
 @pytest.mark.timeout(300)
@@ -38,4 +38,4 @@ async def test_nothing_is_lost_twice_or_backwards_when(scenario, own_services, t
 async def test_harness_finds(broken, scenario, found, own_services, tmp_path):
     module = ("tests.chaos.broken", broken)
     verdict = await Run(own_services, BY_NAME[scenario], 1, tmp_path, module=module).perform()
-    assert getattr(verdict, found) > 0, verdict
+    assert getattr(verdict, found) > 0, str(verdict)

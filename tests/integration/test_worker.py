@@ -160,6 +160,25 @@ def empty_folder(monkeypatch, tmp_path):
     return folder
 
 
+async def test_records_that_a_rebalance_drops_before_anything_is_committed_are_read_again(running):
+    pipeline, _, worker = running
+    await eventually("all are owned", lambda: set(worker.positions()) == {0, 1, 2, 3})
+    consumer, tp = worker.app.consumer, TP(pipeline.settings.events_topic, 0)
+    await eventually("records flow", consumer.can_resume_flow.is_set)
+    consumer.stop_flow()  # as Faust does at first
+    produce(pipeline, 0, k="v")
+
+    async def is_taken():
+        await consumer._thread.getmany({tp}, 0.1)  # as Faust's own call that was under way, whose answer it drops
+        return await consumer.position(tp) == 1
+
+    await eventually("the record is taken", is_taken)
+    assert worker.folded_records == 0
+    await consumer.perform_seek()  # as Faust does in the end
+    consumer.resume_flow()
+    await eventually("it is read again", lambda: worker.folded_records == 1)
+
+
 async def test_worker_writes_nothing_to_the_directory_it_runs_in(empty_folder, running):
     pipeline, outlet, _ = running
     produce(pipeline, 0, k="v")

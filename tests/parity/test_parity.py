@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pipeline.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
+from pipeline.kafka_admin import KafkaAdmin
 from pipeline.metrics import SinkMetrics, WorkerMetrics
 from pipeline.publisher import Publisher
 from pipeline.roles import wire_sink
@@ -96,7 +97,13 @@ class Batcher:
         self._stack.push_async_callback(store.close)
         failures: list[BaseException] = []
         consumer, sink = wire_sink(
-            settings, topics["batches"], store, publisher, SinkMetrics(self._registry), failures.append
+            settings,
+            KafkaAdmin(settings.client_config()),
+            topics["batches"],
+            store,
+            publisher,
+            SinkMetrics(self._registry),
+            failures.append,
         )
         consumer.start()
         self._stack.push_async_callback(consumer.close)
