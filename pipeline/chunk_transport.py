@@ -5,12 +5,13 @@ Faust spends about 80 microseconds on each event. Fed with chunks of some thousa
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import faust
 import structlog
-from aiokafka.errors import CommitFailedError, IllegalStateError
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaTimeoutError
 from aiokafka.structs import OffsetAndMetadata
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
@@ -19,6 +20,7 @@ from pipeline.chunks import Chunk, fetch_in_chunks
 
 # What is committed with an offset: which incarnation of the topic it is of.
 _NOTE: Final = "topic_id:"
+_SOONER_SECONDS: Final = 5.0
 
 _log = structlog.get_logger(__name__)
 
@@ -138,9 +140,17 @@ class ChunkConsumer(driver.Consumer):
         Faust's own leaves a partition where it is as long as nothing is committed for it, although what Faust has taken
         of it in a rebalance was dropped. And Kafka forgets the offsets of a topic that is deleted, but takes a late
         commit of them once the topic is made anew. What has no note of ours was set by an operator, and counts.
+
+        Raises:
+            KafkaTimeoutError: Kafka does not say what is committed, or where partitions begin.
         """
         self._committed_offset.clear()
-        begins = await self._thread.call_thread(self._thread.seek_to_committed_for, self.topic_id)
+        try:
+            # Sooner than Faust, whose own time limit ends its handling of rebalances without an error.
+            async with asyncio.timeout(self.app.conf.broker_request_timeout - _SOONER_SECONDS):
+                begins = await self._thread.call_thread(self._thread.seek_to_committed_for, self.topic_id)
+        except TimeoutError:
+            raise KafkaTimeoutError("no answer to where the partitions begin") from None
         self._committed_offset.update(begins)
 
     async def check_errors(self) -> None:

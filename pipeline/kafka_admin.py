@@ -64,8 +64,9 @@ class Cluster(NamedTuple):
 class KafkaAdmin:
     """An AdminClient that keeps librdkafka's last complaint for the error message.
 
-    All raise ServiceUnavailable if Kafka does not answer within the `timeout_s` given. Most block; awaited is what a
-    role asks while it runs, for a thread that waits for Kafka would hold up the end of its process.
+    All methods raise ServiceUnavailable if Kafka does not answer within the `timeout_s` given. `topic_id` and
+    `offsets`, which a role asks while it runs, are awaited: a thread that waits for Kafka would hold up the end of its
+    process. The others block.
     """
 
     def __init__(self, client_config: Mapping[str, Any]) -> None:
@@ -237,15 +238,15 @@ class KafkaAdmin:
             raise self._unavailable(error) from error
 
     def _begin_anew(self, error: KafkaException) -> ServiceUnavailable:
-        """Have the next question asked by a new client.
+        """Have the next question asked by a new client, if nobody answered this one.
 
         After half a minute of a broker's silence librdkafka's (2.16) may wait for its controller for ever, although the
         broker answers everybody else. A new one takes half a millisecond; what else the old one was asked ends with
         _DESTROY.
         """
         unavailable = self._unavailable(error)
-        if error.args[0].code() != KafkaError._DESTROY:
-            self._client = self._connect()
+        if error.args[0].code() in _SILENCE and error.args[0].code() != KafkaError._DESTROY:
+            self._client, self._complaint = self._connect(), None
         return unavailable
 
     def _unavailable(self, error: KafkaException) -> ServiceUnavailable:

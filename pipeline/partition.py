@@ -58,7 +58,8 @@ class SourcePartition:
         now = clock.now()
         windows.open(number, now)
         self._end = windows.full_end(now)
-        self._tasks = [asyncio.create_task(self._close_by_clock()), asyncio.create_task(self._flush())]
+        self._flushing = asyncio.create_task(self._flush())
+        self._tasks = [asyncio.create_task(self._close_by_clock()), self._flushing]
         for task in self._tasks:
             task.add_done_callback(self._report_failure)
 
@@ -90,11 +91,14 @@ class SourcePartition:
         await self._close("scheduled")
 
     async def finish(self, reason: Reason) -> None:
-        """Take no more records, close the open window, and return when everything is delivered."""
+        """Take no more records, close the open window, and return when everything is delivered, or can't be."""
         await self._end_taking()
         await self._close(reason)
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._waiting)
+        delivered = asyncio.create_task(self._until_delivered())
+        try:
+            await asyncio.wait([delivered, self._flushing], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            delivered.cancel()
 
     async def abandon(self) -> None:
         """Stop at once; what was not delivered was not committed either, and will be read again."""
@@ -102,6 +106,10 @@ class SourcePartition:
         for task in self._tasks:
             task.cancel()
         self._windows.drop(self.number)
+
+    async def _until_delivered(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._waiting)
 
     async def _end_taking(self) -> None:
         self._is_ending = True

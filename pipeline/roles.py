@@ -209,7 +209,8 @@ def _watch_lag(
     metrics: ConsumerMetrics,
 ) -> LagWatch:
     async def offsets(partitions: Sequence[int]) -> dict[int, tuple[int, int]]:
-        return await admin.offsets(topic.name, partitions, ANSWER_SECONDS)
+        # A second less than the watch waits, so that it is the admin client that gives up, and begins anew.
+        return await admin.offsets(topic.name, partitions, ANSWER_SECONDS - 1)
 
     watch = LagWatch(
         positions=positions,

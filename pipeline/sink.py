@@ -124,10 +124,12 @@ class Sink:
     async def drain(self, ends: Mapping[int, int], timeout_seconds: float) -> bool:
         """Wait until everything before `ends` (by partition) is applied; false if that takes too long.
 
-        What is left stays in Kafka. While Postgres is away there is nothing to wait for.
+        What is left stays in Kafka. While Postgres is away, or once a writer has failed, there is nothing to wait for.
         """
         deadline = time.monotonic() + timeout_seconds
         while any(self._applied.get(partition, 0) < end for partition, end in ends.items()):
+            if any(writer.done() for writer in self._writers.values()):
+                return False
             if self.is_holding or time.monotonic() > deadline:
                 why = "Postgres is away" if self.is_holding else f"not all was applied within {timeout_seconds:g} s"
                 _log.warning("batches_left_unapplied", why=why, advice="they wait in Kafka for the next start")

@@ -126,7 +126,7 @@ class Worker:
         positions = {}
         for number, partition in self._partitions.items():
             next_offset = partition.next_offset
-            if next_offset is None:  # nothing read yet; and nothing ever committed reads from the beginning
+            if next_offset is None:  # nothing read yet
                 next_offset = self._consumer.committed_offset(TP(self._settings.events_topic, number)) or 0
             positions[number] = Position(next_offset, next_offset, partition.appended_at)
         return positions

@@ -138,6 +138,20 @@ async def test_finish_brings_everything_out(make):
     assert outlet.seen() == [("shutdown", 0, 0, 1)]
 
 
+async def test_finish_ends_when_a_delivery_fails(make):
+    partition, outlet = make()
+    outlet.open.clear()
+    await take(partition, record(0, AGENTS[0], cpu="1"))
+    finishing = asyncio.create_task(partition.finish("shutdown"))
+    await settle()
+    assert not finishing.done()
+    outlet.windows = None  # what `deliver` can't append to
+    outlet.open.set()
+    await asyncio.wait_for(finishing, 5)
+    (failure,) = outlet.failures
+    assert isinstance(failure, AttributeError)
+
+
 async def test_take_waits_while_too_many_windows_are_not_safe(make):
     partition, outlet = make(capacity=1)
     outlet.open.clear()

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pipeline.batch import Batch, Source, Window, encode_batch
-from pipeline.errors import ConfigError, ProgressGap, ServiceUnavailable
+from pipeline.errors import ConfigError, ProgressGap, ServiceUnavailable, TopicMismatch
 from pipeline.metrics import SinkMetrics
 from pipeline.sink import Sink
 from pipeline.store import Applied
@@ -107,6 +107,26 @@ async def test_right_that_is_taken_away_and_given_back_holds_batches_and_ends_no
     topic.sink._apply = refuse_first
     topic.receive(*range(5))
     await asyncio.wait_for(topic.is_done.wait(), 10)
+
+
+async def test_drain_does_not_wait_for_a_writer_that_has_failed():
+    async def apply(*_, **__):
+        raise TopicMismatch("made anew")
+
+    failures = []
+    sink = Sink(
+        source=Topic(),
+        apply=apply,
+        dead_letter_record=None,
+        dead_letter_row=None,
+        metrics=SinkMetrics(CollectorRegistry()),
+        on_failure=failures.append,
+    )
+    sink.take(0, [Record(0)])
+    assert await asyncio.wait_for(sink.drain({0: 1}, 60), 5) is False
+    (failure,) = failures
+    assert isinstance(failure, TopicMismatch)
+    sink.lose([0])
 
 
 async def test_failed_flushes_and_their_payloads_are_counted():
