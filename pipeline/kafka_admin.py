@@ -190,6 +190,8 @@ class KafkaAdmin:
                 {item.partition: (await asyncio.wrap_future(future)).offset for item, future in answer.items()}
                 for answer in answers
             ]
+            if min((*earliest.values(), *ends.values()), default=0) < 0:  # librdkafka's way to say that it timed out
+                raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
         except KafkaException as error:
             raise self._begin_anew(error) from error
         return {partition: (earliest[partition], end) for partition, end in ends.items()}
