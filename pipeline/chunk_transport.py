@@ -93,7 +93,7 @@ class ChunkConsumer(driver.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._read_offset = _ForgetfulOffsets()
-        self.topic_id = ""  # of the topic as it is now; the worker's to set, before partitions are taken up
+        self.topic_id = ""  # of the topic that partitions are taken up of; the worker's to set, before they are
 
     def _new_consumer_thread(self) -> ChunkConsumerThread:
         return ChunkConsumerThread(self, loop=self.loop, beacon=self.beacon)

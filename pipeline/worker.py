@@ -83,7 +83,6 @@ class Worker:
         self._send = send
         self._dead_letter = dead_letter
         self._ask_events_topic_id = events_topic_id
-        self._events_topic_id = ""
         self._clock = clock
         self._metrics = metrics
         self._partitions: dict[int, SourcePartition] = {}
@@ -246,12 +245,12 @@ class Worker:
             TopicMismatch: the window may hold records of a topic that was made anew, from where the old one was left.
         """
         tp = TP(self._settings.events_topic, number)
-        if await self._ask_events_topic_id() not in (self._events_topic_id, None):
+        if await self._ask_events_topic_id() not in (self._consumer.topic_id, None):
             raise _made_anew(tp.topic)
         acknowledgements = [await self._dead_letter(rejected, number) for rejected in closed.rejected]
         batches = split(
             closed.rows,
-            source=Source(tp.topic, self._events_topic_id, number, closed.first, closed.last),
+            source=Source(tp.topic, self._consumer.topic_id, number, closed.first, closed.last),
             window=Window(round(closed.start * 1e6), round(closed.end * 1e6)),
             reason=closed.reason,
             batch_size=self._settings.batch_size,
@@ -295,9 +294,9 @@ class Worker:
         topic_id = await self._ask_events_topic_id()
         if topic_id is None:  # aiokafka would look for it again in five minutes
             raise TopicMismatch(f"{self._settings.events_topic} was deleted under this worker: start it again")
-        if self._events_topic_id not in ("", topic_id):
+        if self._consumer.topic_id not in ("", topic_id):
             raise _made_anew(self._settings.events_topic)
-        self._events_topic_id = self._consumer.topic_id = topic_id
+        self._consumer.topic_id = topic_id
         ends = await self._consumer.highwaters(*assigned)
         if app.consumer_generation_id != generation:
             return
