@@ -82,6 +82,3 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
     logging.getLogger("pipeline").setLevel(logging.INFO)
     # asyncpg's pool logs a traceback a second while Postgres is away; the sink says so itself, in a line.
     logging.getLogger("asyncpg").setLevel(logging.CRITICAL)
-    # Faust's services inherit the level of the class that made them: ours. Their starting and stopping is of no news.
-    for name in ("chunk_transport", "latest"):
-        logging.getLogger(f"pipeline.{name}").setLevel(logging.WARNING)

@@ -7,6 +7,7 @@ source offsets it stands for.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -356,6 +357,9 @@ def _made_anew(topic: str) -> TopicMismatch:
 def _new_app(settings: Settings) -> ChunkApp:
     if streams._CStreamIterator is None:
         raise ConfigError("Faust runs without its compiled parts and would skip events: unset NO_CYTHON, reinstall")
+    for subclass in (ChunkApp, LatestTable):
+        # Faust's services log under the module of their class, and each start and stop of theirs is no news.
+        logging.getLogger(subclass.__module__).setLevel(logging.WARNING)
     session = settings.session_timeout_seconds
     return ChunkApp(
         settings.worker_group,

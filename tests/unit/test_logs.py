@@ -14,7 +14,7 @@ def _logging_as_before():
     handlers, level = root.handlers[:], root.level
     yield
     root.handlers[:], root.level = handlers, level
-    for name in ("asyncpg", "pipeline", "pipeline.chunk_transport", "pipeline.latest"):
+    for name in ("asyncpg", "pipeline"):
         logging.getLogger(name).setLevel(logging.NOTSET)
     structlog.reset_defaults()
 
