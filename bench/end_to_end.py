@@ -20,10 +20,10 @@ import asyncpg
 
 from bench import harness
 from bench.plain import Newest, assigned_consumer, fold
+from pipeline.core.report import timestamp_us
 from pipeline.local import start_services
-from pipeline.migrations import migrate
-from pipeline.report import timestamp_us
-from pipeline.store import ROWS_PER_STATEMENT, statement
+from pipeline.postgres.migrations import migrate
+from pipeline.postgres.store import ROWS_PER_STATEMENT, statement
 
 ENTRIES = 1_000_000
 RUNS = 5

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import HypothesisWarning
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tests.fuzz import RECORD_VALUES, check_decoders
+from tests.support.strategies import RECORD_VALUES, check_decoders
 
 # Hypothesis varies what it found interesting within one run, and begins anew with the next.
 EXAMPLES_A_RUN = 2000

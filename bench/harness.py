@@ -20,7 +20,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.report import Entry, Report, encode_report
+from pipeline.core.report import Entry, Report, encode_report
 
 RESULTS = Path(__file__).parent / "results"
 AGENTS, KEYS = 2000, 10

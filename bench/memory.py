@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.harness import agent_ids, conditions, say, write
+from pipeline.core.report import Entry, Report, encode_report
 from pipeline.local import start_services
-from pipeline.report import Entry, Report, encode_report
 from pipeline.settings import Settings
-from tests.deployment import Deployment, eventually
+from tests.support.deployment import Deployment, eventually
 
 AGENTS, KEYS, ROUNDS, PARTITIONS = 200_000, 10, 5, 8
 PAIRS = AGENTS * KEYS

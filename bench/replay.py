@@ -31,10 +31,10 @@ from confluent_kafka import Producer
 
 from bench import harness, worker
 from bench.end_to_end import expect, wait_until_right
-from pipeline.batch import Batch, Source, Window, encode_batch
+from pipeline.core.batch import Batch, Source, Window, encode_batch
 from pipeline.local import start_services
-from pipeline.migrations import migrate
-from pipeline.simulate import agent_id
+from pipeline.local.simulate import agent_id
+from pipeline.postgres.migrations import migrate
 
 ENTRIES = int(os.environ.get("BENCH_ENTRIES", "10000000"))
 SHAPES = {1: ENTRIES // 5, 10: ENTRIES}  # by entries a report; the last one's topic is the live pipeline's too

@@ -25,10 +25,10 @@ import asyncpg
 import uvloop
 
 from bench import harness
-from pipeline.agent_ids import NOTIFY_CHANNEL, encode_agent_id_chunks
+from pipeline.core.agent_ids import NOTIFY_CHANNEL, encode_agent_id_chunks
 from pipeline.local import PackagedPostgres
 from pipeline.local.process import free_port
-from pipeline.migrations import migrate
+from pipeline.postgres.migrations import migrate
 
 CLIENTS, AGENTS, KEYS, PARTS = 5000, 1000, 10, 8
 SECONDS, WINDOW_SECONDS = 60.0, 5.0

@@ -23,12 +23,12 @@ import asyncpg
 from confluent_kafka import Producer
 
 from bench import harness
-from pipeline.batch import Batch, Source, Window, encode_batch
+from pipeline.core.batch import Batch, Source, Window, encode_batch
+from pipeline.kafka.topics import load_topic_specs, require_topics
 from pipeline.local import start_services
-from pipeline.migrations import migrate
-from pipeline.roles import SINK_CONNECTIONS
-from pipeline.store import statement
-from pipeline.topic_admin import load_topic_specs, require_topics
+from pipeline.postgres.migrations import migrate
+from pipeline.postgres.store import statement
+from pipeline.roles.role import SINK_CONNECTIONS
 
 AGENTS, KEYS, BATCH_SIZE = 20_000, 10, 500
 RUNS = 5

@@ -78,9 +78,9 @@ def ours(topic: str, servers: str, entries: int, entries_a_report: int, batches:
     from prometheus_client import CollectorRegistry
 
     from pipeline.clock import SystemClock
-    from pipeline.metrics import WorkerMetrics
-    from pipeline.processes import tune_garbage_collector
-    from pipeline.publisher import Publisher
+    from pipeline.kafka.publisher import Publisher
+    from pipeline.monitoring.metrics import WorkerMetrics
+    from pipeline.roles.process import tune_garbage_collector
     from pipeline.settings import Settings
     from pipeline.worker import Worker
 

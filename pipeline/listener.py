@@ -14,11 +14,11 @@ import structlog
 import tenacity
 from prometheus_client import CollectorRegistry
 
-from pipeline.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
+from pipeline.core.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
+from pipeline.core.report import timestamp_us
 from pipeline.errors import DecodeError, ServiceUnavailable
-from pipeline.metrics import ListenerMetrics
-from pipeline.postgres_errors import NO_ANSWER
-from pipeline.report import timestamp_us
+from pipeline.monitoring.metrics import ListenerMetrics
+from pipeline.postgres.errors import NO_ANSWER
 
 _FIRST_BACKOFF_SECONDS: Final = 0.1
 _LONGEST_BACKOFF_SECONDS: Final = 5.0

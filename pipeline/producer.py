@@ -15,9 +15,9 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from prometheus_client import CollectorRegistry
 
+from pipeline.core.report import Entry, Report, apply_limits, encode_report, key_problem
 from pipeline.errors import PipelineError
-from pipeline.metrics import PREFIX, ProducerMetrics
-from pipeline.report import Entry, Report, apply_limits, encode_report, key_problem
+from pipeline.monitoring.metrics import PREFIX, ProducerMetrics
 
 # Source: metadatabatcher warns of dropped entries at most this often.
 DROP_WARNING_SECONDS: Final = 10.0

@@ -17,7 +17,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from pipeline.errors import ConfigError
-from pipeline.kafka_security import librdkafka_security, refuse_impossible
+from pipeline.kafka.security import librdkafka_security, refuse_impossible
 
 PREFIX = "AGENT_METADATA_"
 CONFIG_FILE_VARIABLE: Final = "AGENT_METADATA_CONFIG_FILE"

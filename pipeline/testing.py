@@ -7,7 +7,7 @@ import uuid
 from datetime import datetime
 from typing import NamedTuple
 
-from pipeline.report import Entry, Report, encode_report
+from pipeline.core.report import Entry, Report, encode_report
 
 
 class ManualClock:

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.local import LocalServices, ServicesKind, docker_answers, kafka_classpath, start_services
-from tests.deployment import Deployment
+from tests.support.deployment import Deployment
 
 # An example takes as long as the machine is busy; hypothesis would call that flaky.
 hypothesis.settings.register_profile("any-machine", deadline=None)

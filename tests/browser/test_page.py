@@ -5,8 +5,8 @@ import uuid
 import pytest
 from playwright.async_api import expect
 
-import pipeline.live
-from tests.serving import Serving, serving
+import pipeline.serve.live
+from tests.support.serving import Serving, serving
 
 pytestmark = pytest.mark.browser
 
@@ -71,7 +71,7 @@ async def test_values_errors_and_ages_appear_and_change(page):
 
 
 async def test_pair_becomes_stale_after_three_of_its_usual_intervals_and_fresh_again(page, monkeypatch):
-    monkeypatch.setattr(pipeline.live, "_LEAST_STALE_SECONDS", 1.0)
+    monkeypatch.setattr(pipeline.serve.live, "_LEAST_STALE_SECONDS", 1.0)
     async with serving() as server:
         for ago in (2.0, 1.0, 0.0):
             server.change(A1, "cpu", "12%", ago=ago)

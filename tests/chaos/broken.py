@@ -10,8 +10,8 @@ from typing import Any
 
 from faust.types import TP
 
-from pipeline import store
 from pipeline.cli import main
+from pipeline.postgres import store
 from pipeline.worker import Worker
 
 GUARD = "and held.collected_at <= new.collected_at"

@@ -19,10 +19,10 @@ import psutil
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import NewPartitions
 
-from pipeline.topic_admin import create_topics, load_topic_specs
+from pipeline.kafka.topics import create_topics, load_topic_specs
 from tests.chaos.harness import START_SECONDS, Action, Member, Run, Services
 from tests.chaos.load import POISON
-from tests.deployment import eventually
+from tests.support.deployment import eventually
 
 SINKS = "application_name = 'agent-metadata-sink' and datname = current_database()"
 LISTENERS = "application_name = '' and backend_type = 'client backend' and datname = current_database()"

@@ -22,10 +22,10 @@ import asyncpg
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from pipeline.kafka.topics import TopicFacts, load_topic_specs, require_topics
 from pipeline.local import PackagedKafka, PackagedPostgres
-from pipeline.topic_admin import TopicFacts, load_topic_specs, require_topics
 from tests.chaos.load import Load, LoadShape, Table
-from tests.deployment import Deployment, eventually
+from tests.support.deployment import Deployment, eventually
 
 AUDIT = Path(__file__).with_name("audit.sql")
 APPLICATION_NAME = "chaos"  # of the harness's own connections; sinks have another, listeners none

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from confluent_kafka import Producer
 
-from pipeline.report import Entry, Report, encode_report
+from pipeline.core.report import Entry, Report, encode_report
 
 POISON = "poison"  # a value that ends so is accepted, and is not expected in the table
 KEYS = ("cpu", "disk", "load", "memory")

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.local import PackagedKafka
 from pipeline.local.process import free_port
-from tests.deployment import DEADLINE_SECONDS, Deployment, ask, eventually
+from tests.support.deployment import DEADLINE_SECONDS, Deployment, ask, eventually
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(400)]  # they wait for what takes its time on purpose
 
@@ -21,7 +21,8 @@ STUCK_SECONDS = 15  # the least that the setting takes
 # The roles' command, with a consumer that hands nothing over, or an event loop that doesn't turn.
 WORKER_WITHOUT_RECORDS = """
 import asyncio
-from pipeline import chunk_transport, cli
+from pipeline import cli
+from pipeline.worker import transport as chunk_transport
 
 async def nothing(*_, **__):
     await asyncio.Event().wait()
@@ -31,13 +32,15 @@ cli.main()
 """
 WORKER_WITHOUT_TURNS = """
 import time
-from pipeline import cli, worker
+from pipeline import cli
+from pipeline.worker import worker
 
 worker.Worker._take = lambda *_: time.sleep(3600)
 cli.main()
 """
 SINK_WITHOUT_RECORDS = """
-from pipeline import batch_consumer, cli
+from pipeline import cli
+from pipeline.sink import consumer as batch_consumer
 
 batch_consumer.BatchConsumer._hand_over = lambda *_: None
 cli.main()

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pipeline.metrics import Hop, ListenerMetrics, ServeMetrics, SinkMetrics, WorkerMetrics
+from pipeline.monitoring.metrics import Hop, ListenerMetrics, ServeMetrics, SinkMetrics, WorkerMetrics
 from tests.conftest import unavailable
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"

@@ -3,7 +3,7 @@
 import asyncpg
 import pytest
 
-from pipeline.migrations import migrate
+from pipeline.postgres.migrations import migrate
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 import pytest
 from confluent_kafka import Producer
 
-from pipeline.report import Entry, Report, encode_report
-from tests.bad_input import AGENT, CASES
-from tests.deployment import consume_all, eventually
+from pipeline.core.report import Entry, Report, encode_report
+from tests.support.bad_input import AGENT, CASES
+from tests.support.deployment import consume_all, eventually
 
 pytestmark = pytest.mark.services
 

@@ -13,14 +13,14 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 import pipeline.listener
-from pipeline.agent_ids import NOTIFY_CHANNEL, encode_agent_id
-from pipeline.connections import connect, listener
+from pipeline.core.agent_ids import NOTIFY_CHANNEL, encode_agent_id
 from pipeline.errors import ConfigError, ServiceUnavailable
 from pipeline.listener import MetadataListener
 from pipeline.local import PackagedPostgres
-from pipeline.migrations import migrate
+from pipeline.postgres.connections import connect, listener
+from pipeline.postgres.migrations import migrate
+from pipeline.postgres.store import read_rows
 from pipeline.settings import load_settings
-from pipeline.store import read_rows
 
 pytestmark = pytest.mark.services
 

@@ -8,11 +8,11 @@ import asyncpg
 import pytest
 from confluent_kafka import Producer
 
-from pipeline.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
-from pipeline.batch import decode_batch
-from pipeline.publisher import Publisher
-from pipeline.topic_admin import create_topics, load_topic_specs
-from tests.deployment import consume_all, eventually, flatten
+from pipeline.core.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
+from pipeline.core.batch import decode_batch
+from pipeline.kafka.publisher import Publisher
+from pipeline.kafka.topics import create_topics, load_topic_specs
+from tests.support.deployment import consume_all, eventually, flatten
 
 pytestmark = pytest.mark.services
 

@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 import pipeline.producer
+from pipeline.core.report import MAX_KEY_CHARS, MAX_REPORT_KEYS_BYTES, MAX_VALUE_BYTES, Entry, Report, decode_report
 from pipeline.producer import DROP_WARNING_SECONDS, MetadataProducer
-from pipeline.report import MAX_KEY_CHARS, MAX_REPORT_KEYS_BYTES, MAX_VALUE_BYTES, Entry, Report, decode_report
 
 pytestmark = pytest.mark.services
 

@@ -11,16 +11,15 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pipeline.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
-from pipeline.kafka_admin import KafkaAdmin
-from pipeline.metrics import SinkMetrics, WorkerMetrics
-from pipeline.publisher import Publisher
-from pipeline.roles import wire_sink
-from pipeline.store import Store, read_rows
+from pipeline.core.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
+from pipeline.kafka.admin import KafkaAdmin
+from pipeline.kafka.publisher import Publisher
+from pipeline.kafka.topics import load_topic_specs, require_topics
+from pipeline.monitoring.metrics import SinkMetrics, WorkerMetrics
+from pipeline.postgres.store import Store, read_rows
+from pipeline.roles.role import wire_sink
 from pipeline.testing import ManualClock
-from pipeline.topic_admin import load_topic_specs, require_topics
 from pipeline.worker import Worker
-from tests.deployment import eventually
 from tests.parity.cases import (
     CASES,
     DIFFERENCES,
@@ -37,6 +36,7 @@ from tests.parity.cases import (
     Text,
     Tried,
 )
+from tests.support.deployment import eventually
 
 pytestmark = pytest.mark.services
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from hypothesis import example, given
 
-from pipeline.report import (
+from pipeline.core.report import (
     MAX_ERROR_BYTES,
     MAX_KEY_CHARS,
     MAX_TIMESTAMP_US,
@@ -16,11 +16,11 @@ from pipeline.report import (
     Report,
     encode_report,
 )
+from pipeline.core.window import OpenWindow
 from pipeline.testing import FakeRecord, record
-from pipeline.window import OpenWindow
-from tests.bad_input import CASES, T0
-from tests.documentation import table_rows
-from tests.fuzz import RECORD_VALUES, check_decoders
+from tests.support.bad_input import CASES, T0
+from tests.support.documentation import table_rows
+from tests.support.strategies import RECORD_VALUES, check_decoders
 
 A1, A2 = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
 T0_MS = 1_704_067_200_000

@@ -6,11 +6,19 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.agent_ids import MAX_PAYLOAD_BYTES, decode_agent_ids, encode_agent_id_chunks
-from pipeline.batch import MAX_COLUMNS_BYTES, Row, Source, Window, decode_batch, encode_batch, merge, split
-from pipeline.report import MAX_ERROR_BYTES, MAX_VALUE_BYTES, Entry, Report, decode_report, encode_report, limit_value
+from pipeline.core.agent_ids import MAX_PAYLOAD_BYTES, decode_agent_ids, encode_agent_id_chunks
+from pipeline.core.batch import MAX_COLUMNS_BYTES, Row, Source, Window, decode_batch, encode_batch, merge, split
+from pipeline.core.report import (
+    MAX_ERROR_BYTES,
+    MAX_VALUE_BYTES,
+    Entry,
+    Report,
+    decode_report,
+    encode_report,
+    limit_value,
+)
+from pipeline.core.window import OpenWindow
 from pipeline.testing import FakeRecord
-from pipeline.window import OpenWindow
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 SOURCE = Source("events", "id", 0, 0, 0)

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from tests.documentation import table_rows
 from tests.parity.cases import CASES, DIFFERENCES
+from tests.support.documentation import table_rows
 
 
 def test_each_difference_from_metadatabatcher_has_a_reason_and_a_test_and_no_case_of_one_lacks_its_row():

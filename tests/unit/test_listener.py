@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from pipeline.agent_ids import encode_agent_id
+from pipeline.core.agent_ids import encode_agent_id
 from pipeline.listener import MetadataListener
 from pipeline.testing import settle
 

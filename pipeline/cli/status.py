@@ -1,0 +1,208 @@
+"""The commands `status`, `why` and `shadow`: their options and output."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+from rich.table import Table
+
+from pipeline.cli.console import EXIT_FAILURE, JsonOption, canonical_agents, command_settings, errors, run_job
+from pipeline.errors import ConfigError
+from pipeline.jobs.shadow import ShadowDiff, shadow_diff
+from pipeline.jobs.status import Status, gather_status
+from pipeline.jobs.trace import trace
+from pipeline.jobs.why import Found, explain
+from pipeline.postgres.connections import connected
+from pipeline.postgres.migrations import require_schema
+from pipeline.settings import Settings
+
+app = typer.Typer()
+shadow_app = typer.Typer(
+    help="A second table, written beside the one of coder's own batcher, to compare before switching over.",
+    no_args_is_help=True,
+)
+app.add_typer(shadow_app, name="shadow")
+
+
+@app.command()
+def status(
+    max_lag: Annotated[
+        float, typer.Option(min=0, help="Seconds that worker (besides its window) and sink may be behind.")
+    ] = 30.0,
+    stale_after: Annotated[
+        float, typer.Option(min=0, help="Seconds after which an agent without a newer value counts as stale.")
+    ] = 3600.0,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(help="URL of a role's /metrics; may be given again. Default: AGENT_METADATA_METRICS_PORT, here."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show lags, batches, dead letters and the table on one screen; exit code 0 if all is healthy, else 1."""
+    settings = command_settings()
+    if bad := [url for url in metrics or () if not url.startswith(("http://", "https://"))]:
+        raise ConfigError(f"--metrics {bad[0]!r} is no URL: write http://host:port/metrics")
+    found, problems = run_job(_status(settings, max_lag, stale_after, metrics or _own_metrics(settings)))
+    if as_json:
+        answer = {"healthy": not problems, "problems": problems, **msgspec.structs.asdict(found)}
+        print(msgspec.json.encode(answer).decode())
+    else:
+        _show_status(found, problems, stale_after)
+    if problems:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+async def _status(
+    settings: Settings, max_lag: float, stale_after: float, metrics: list[str]
+) -> tuple[Status, list[str]]:
+    async with connected(settings) as connection:
+        await require_schema(connection)
+        found = await gather_status(settings, connection, stale_after_seconds=stale_after, metrics_urls=metrics)
+    return found, found.problems(worker_may_lag_seconds=settings.window_seconds + max_lag, sink_may_lag_seconds=max_lag)
+
+
+def _own_metrics(settings: Settings) -> list[str]:
+    """Where `run` serves metrics on this machine: the worker's at the port, the sink's one above."""
+    port = settings.metrics_port
+    return [f"http://localhost:{number}/metrics" for number in (port, port + 1)] if port else []
+
+
+def _show_status(found: Status, problems: list[str], stale_after: float) -> None:
+    table = Table("partition", "worker lag", "waited", "open pairs", "sink lag", "waited", "last batch applied")
+    for item in found.partitions:
+        table.add_row(
+            str(item.partition),
+            f"{item.worker_lag:,}",
+            f"{item.worker_behind_seconds:.1f} s",
+            "?" if item.open_pairs is None else f"{item.open_pairs:,}",
+            f"{item.sink_lag:,}",
+            f"{item.sink_behind_seconds:.1f} s",
+            _ago(item.last_applied_at),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    held = found.table
+    rows = (
+        f"{held.rows:,} rows of {held.agents:,} agents; {held.stale_agents:,} stale (nothing for {stale_after:g} s)"
+        if held
+        else "not counted in time"
+    )
+    outage = (
+        "?" if found.outage_seconds is None else f"{found.outage_seconds:.0f} s" if found.outage_seconds else "none"
+    )
+    for name, text in (
+        ("workers, sinks", f"{found.workers}, {found.sinks}"),
+        ("outage", outage),
+        ("dead letters", f"{found.dead_letters:,}"),
+        ("table", rows),
+    ):
+        console.print(f"{name:15} {text}", markup=False)
+    if found.outage_seconds is None:
+        console.print("? = no role's /metrics answers; name them: --metrics http://host:port/metrics", markup=False)
+    for problem in problems:
+        console.print(f"UNHEALTHY: {problem}", markup=False)
+    if not problems:
+        console.print("healthy", markup=False)
+
+
+def _ago(moment: datetime | None) -> str:
+    return "never" if moment is None else f"{(datetime.now(UTC) - moment).total_seconds():.1f} s ago"
+
+
+@app.command()
+def why(
+    agent_id: Annotated[str, typer.Argument(metavar="AGENT", help="The agent's UUID.")],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="The metadata key.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Trace one pair: its newest event, the batch that carried it, its row, and why the row does not hold it, if so.
+
+    Exit code 0 if the row is as new as the newest event, else 1.
+    """
+    settings = command_settings()
+    (agent_id,) = canonical_agents([agent_id], name="AGENT")
+    found = run_job(_trace(settings, agent_id, key))
+    verdict, said = explain(found)
+    if as_json:
+        answer = {"verdict": verdict, "explanation": said, **msgspec.structs.asdict(found)}
+        print(msgspec.json.encode(answer).decode())
+    else:
+        _show_trace(settings, found, verdict, said)
+    if verdict not in ("held", "row_newer"):
+        raise typer.Exit(EXIT_FAILURE)
+
+
+async def _trace(settings: Settings, agent_id: str, key: str) -> Found:
+    async with connected(settings) as connection:
+        await require_schema(connection)
+        columns = (TextColumn("searching: {task.completed:,.0f} records, {task.speed:,.0f}/s"),)
+        with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            return await trace(
+                settings, connection, agent_id, key, on_searched=lambda records: bar.advance(task, records)
+            )
+
+
+def _show_trace(settings: Settings, found: Found, verdict: str, said: str) -> None:
+    event, batch, row = found.event, found.batch, found.row
+    lines = {"event": "none in the topic", "batch": "none", "row": "none"}
+    if event is not None:
+        shown = f"refused: {event.refused}" if event.refused else _entry(event.value, event.error, event.collected_at)
+        arrived = f"appended {event.appended_at:%Y-%m-%dT%H:%M:%S.%fZ}"
+        lines["event"] = f"{settings.events_topic} {event.partition}@{event.offset}, {arrived}, {shown}"
+    if batch is not None:
+        closed = f"{batch.reason} close at {batch.closed_at:%Y-%m-%dT%H:%M:%S.%fZ}"
+        where = f"{settings.batches_topic} {batch.partition}@{batch.offset}"
+        lines["batch"] = f"{where}, part {batch.part} of {batch.parts}, {closed}"
+    if row is not None:
+        lines["row"] = _entry(row.value, row.error, row.collected_at)
+    for name, text in (*lines.items(), (verdict, said)):
+        print(f"{name + ':':12} {text}")
+
+
+def _entry(value: str, error: str, collected_at: datetime | None) -> str:
+    """Show a value on one line; ascii() leaves a terminal no control characters to obey."""
+    of = f" of {collected_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}" if collected_at else ""
+    return f"{value[:80]!a}{f' (error {error[:80]!a})' if error else ''}{of}"
+
+
+@shadow_app.command("diff")
+def shadow_diff_command(
+    live: Annotated[str, typer.Option(metavar="SCHEMA", help="The schema of the table that coder writes.")] = "public",
+    settle: Annotated[
+        float, typer.Option(min=0, help="Leave out pairs that changed in the last so many seconds.")
+    ] = 15.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the table of DATABASE_URL's search_path with the live one; exit code 1 if values differ or are missing.
+
+    Times are not compared: coder stamps a report when its server gets it.
+    """
+    settings = command_settings()
+
+    async def job() -> ShadowDiff:
+        async with connected(settings) as connection:
+            return await shadow_diff(connection, live_schema=live, settle_seconds=settle)
+
+    found = run_job(job())
+    if as_json:
+        print(msgspec.json.encode(found).decode())
+    else:
+        for label, count in (
+            ("the same", found.same),
+            ("different", found.different),
+            ("only in the live table", found.only_live),
+            ("only in the shadow", found.only_shadow),
+            (f"changed in the last {settle:g} s, left out", found.unsettled),
+        ):
+            print(f"{label:40} {count:>12,}")
+        for pair in found.pairs:
+            sides = (f"{side} {(pair[f'{side}_value'] or '')[:60]!a}" for side in ("live", "shadow"))
+            print(f"{pair['agent_id']} {pair['key']!a}: {', '.join(sides)}")
+    if found.different or found.only_live:
+        raise typer.Exit(EXIT_FAILURE)

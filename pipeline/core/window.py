@@ -1,0 +1,285 @@
+"""The open window of one source partition: the latest value per (agent_id, key), folded record by record."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Literal, NamedTuple, Protocol
+
+from pipeline.core.batch import Reason, Row
+from pipeline.core.report import (
+    BACKSLASH,
+    MAX_TIMESTAMP_US,
+    PARSE_ERRORS,
+    SHORT_BYTES,
+    Entry,
+    apply_limits,
+    canonical_agent_id,
+    decode_report,
+    key_problem,
+    parse_report,
+    timestamp_us,
+)
+from pipeline.errors import DecodeError
+
+# Spellings of agent ids seen lately, so that a UUID is parsed once and not in every report.
+_MAX_KNOWN_AGENTS: Final = 100_000
+# What sends a record from the fast path to the careful one: it can't be used, or its agent is not known yet.
+_UNCOMMON: Final = (*PARSE_ERRORS, KeyError, DecodeError)
+_NEVER: Final = datetime.min.replace(tzinfo=UTC)
+_LOG_APPEND_TIME: Final = 1  # Kafka's TimestampType
+# Rejected records are kept whole until they are dead-lettered; the events topic's largest default record is as large.
+MAX_REJECTED_BYTES: Final = 1_000_000
+
+
+class Record(Protocol):
+    """What the fold reads of a consumed Kafka record; `timestamp` in milliseconds since the Unix epoch."""
+
+    @property
+    def offset(self) -> int:
+        """Its offset in the partition."""
+        ...
+
+    @property
+    def timestamp(self) -> int:
+        """The broker's append time."""
+        ...
+
+    @property
+    def timestamp_type(self) -> int | None:
+        """1 (LogAppendTime): the broker's clock; else the producer's."""
+        ...
+
+    @property
+    def key(self) -> bytes | None:
+        """The agent's id, if the producer kept to the contract; not read here."""
+        ...
+
+    @property
+    def value(self) -> bytes | None:
+        """A report in JSON."""
+        ...
+
+
+RejectedKind = Literal["undecodable", "over_limit"]
+
+
+class Rejected(NamedTuple):
+    """A record, or entries of it, that can't be used; to be dead-lettered with the reason, which is of one kind."""
+
+    record: Record
+    reason: str
+    kind: RejectedKind = "undecodable"
+
+    @property
+    def size(self) -> int:
+        """How many bytes its value takes."""
+        return len(self.record.value or b"")
+
+
+class ClosedWindow(NamedTuple):
+    """All of a partition's data between two closes; `first` to `last` is the range of source offsets it holds.
+
+    Units: `start` and `end` in seconds since the Unix epoch.
+    """
+
+    reason: Reason
+    start: float
+    end: float
+    first: int
+    last: int
+    rows: list[Row]
+    rejected: list[Rejected]
+    entries: int
+    clamped: int
+
+    @property
+    def is_heavy(self) -> bool:
+        """Tell whether rejected records take so much memory that they should be gone before more is taken."""
+        return sum(rejected.size for rejected in self.rejected) >= MAX_REJECTED_BYTES
+
+
+class OpenWindow:
+    """Folds records of one partition, in offset order, keeping the latest entry per (agent_id, key).
+
+    Guarantee: deterministic; reads no clock. An entry replaces the held one unless it is strictly older, so on
+    equal collected_at the later offset wins (metadatabatcher's rule). A report is never split over two windows.
+    """
+
+    def __init__(
+        self, start: float, *, capacity: int, max_clock_skew: timedelta, known: dict[str, str] | None = None
+    ) -> None:
+        self.start = start
+        self.pairs = 0
+        self.entries = 0
+        self.first: int | None = None
+        self.last: int = -1
+        self.rejected: list[Rejected] = []
+        self.clamped = 0
+        self._rejected_bytes = 0
+        self._capacity = capacity
+        self._max_clock_skew = max_clock_skew
+        self._agents: dict[str, dict[str, tuple[datetime, Entry]]] = {}
+        self._known = {} if known is None else known
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether the window holds its capacity of unique pairs and must be closed before it takes more.
+
+        A rejected record counts as a pair: it is kept too, until it is dead-lettered. MAX_REJECTED_BYTES of them
+        fill any window.
+        """
+        return self.pairs >= self._pairs_allowed
+
+    def get(self, agent_id: str, key: str) -> tuple[datetime, Entry] | None:
+        """Return (collected_at, entry) of a pair, or None if this window has none."""
+        return self._agents.get(agent_id, {}).get(key)
+
+    def pairs_held(self) -> Iterator[tuple[str, str]]:
+        """Iterate the (agent_id, key) pairs of this window."""
+        for agent_id, held_by_key in self._agents.items():
+            for key in held_by_key:
+                yield agent_id, key
+
+    def fold(self, records: Sequence[Record], start: int = 0) -> int:  # noqa: C901  # calls would cost more than the work
+        """Fold `records[start:]` until all are done or the window is full; return the index of the next one.
+
+        Shape: `records` are of one record batch. One that can't be used goes to `rejected`; the others are not
+        affected.
+        """
+        # The hot loop, one turn an entry: names are local, and what is rare has left for a method.
+        agents, known, capacity = self._agents, self._known, self._pairs_allowed
+        pairs, count, index, end = self.pairs, self.entries, start, len(records)
+        certain = self._certainly_believed(records[start]) if start < end else _NEVER
+        while index < end and pairs < capacity:
+            record = records[index]
+            index += 1
+            raw: Any = record.value  # None is a TypeError below
+            problem = None
+            try:
+                report = parse_report(raw)
+                agent_id = known[report.agent_id]
+                if len(raw) > SHORT_BYTES or BACKSLASH in raw:
+                    problem = apply_limits(report)
+                moment = report.collected_at
+                if moment is None or moment >= certain:
+                    moment = self._believe(moment, record.timestamp)
+            except _UNCOMMON:
+                try:
+                    report, problem = decode_report(raw)
+                    agent_id = self._learn(report.agent_id)
+                    moment = self._believe(report.collected_at, record.timestamp)
+                except DecodeError as error:
+                    capacity = self._reject(record, str(error), "undecodable")
+                    continue
+            held_by_key = agents.get(agent_id)
+            if held_by_key is None:
+                held_by_key = {}
+                if report.entries:  # else ever new agents without entries would fill the memory uncounted
+                    agents[agent_id] = held_by_key
+            for entry in report.entries:
+                count += 1
+                at = moment
+                if entry.collected_at is not None:
+                    at = self._believe(entry.collected_at, record.timestamp)
+                key = entry.key
+                held = held_by_key.get(key)
+                if held is None:
+                    if key_refused := key_problem(key):
+                        problem = key_refused
+                        continue
+                    pairs += 1
+                elif at < held[0]:
+                    continue
+                held_by_key[key] = (at, entry)
+            if problem is not None:
+                capacity = self._reject(record, problem, "over_limit")
+        self.pairs, self.entries = pairs, count
+        if index > start:
+            if self.first is None:
+                self.first = records[start].offset
+            self.last = records[index - 1].offset
+        return index
+
+    def drop_rejected(self) -> int:
+        """Forget the records that can't be used and return how many there were; for readers that only count them."""
+        count = len(self.rejected)
+        self.rejected.clear()
+        self._rejected_bytes = 0
+        return count
+
+    def retain(self, is_wanted: Callable[[str, str], bool]) -> None:
+        """Forget all pairs but the wanted ones, told by (agent_id, key); for readers of a part."""
+        kept = {
+            agent_id: {key: held for key, held in held_by_key.items() if is_wanted(agent_id, key)}
+            for agent_id, held_by_key in self._agents.items()
+        }
+        self._agents = {agent_id: held_by_key for agent_id, held_by_key in kept.items() if held_by_key}
+        self.pairs = sum(map(len, self._agents.values()))
+
+    def close(self, reason: Reason, end: float) -> ClosedWindow:
+        """Hand out all that was folded; rows sorted by (agent_id, key), as the sink needs them."""
+        rows = [
+            Row(agent_id, key, entry.value, entry.error, timestamp_us(at))
+            for agent_id, held_by_key in sorted(self._agents.items())
+            for key, (at, entry) in sorted(held_by_key.items())
+        ]
+        first = self.last + 1 if self.first is None else self.first
+        return ClosedWindow(reason, self.start, end, first, self.last, rows, self.rejected, self.entries, self.clamped)
+
+    @property
+    def _pairs_allowed(self) -> int:
+        return 0 if self._rejected_bytes >= MAX_REJECTED_BYTES else self._capacity - len(self.rejected)
+
+    def _reject(self, record: Record, reason: str, kind: RejectedKind) -> int:
+        """Keep a record for the dead-letter topic; return how many pairs the window may hold now."""
+        rejected = Rejected(record, reason, kind)
+        self.rejected.append(rejected)
+        self._rejected_bytes += rejected.size
+        return self._pairs_allowed
+
+    def _certainly_believed(self, record: Record) -> datetime:
+        """Return up to which time, not included, an agent is believed without a look at each record's own timestamp.
+
+        Records of one fold are of one record batch, so that with LogAppendTime all have the same.
+        """
+        if record.timestamp_type == _LOG_APPEND_TIME:
+            with contextlib.suppress(DecodeError):
+                return self._latest_believed(record.timestamp)
+        return _NEVER
+
+    def _latest_believed(self, appended_ms: int) -> datetime:
+        try:
+            return _moment(appended_ms) + self._max_clock_skew
+        except OverflowError:
+            return _moment(appended_ms)
+
+    def _believe(self, moment: datetime | None, appended_ms: int) -> datetime:
+        """Return an agent's time, unless it has none or is too far ahead of the broker's: then the broker's.
+
+        Raises:
+            DecodeError: the record's timestamp is no time to judge by.
+        """
+        if moment is not None:
+            if moment <= self._latest_believed(appended_ms):
+                return moment
+            self.clamped += 1
+        return _moment(appended_ms)
+
+    def _learn(self, text: str) -> str:
+        if len(self._known) >= _MAX_KNOWN_AGENTS:
+            self._known.clear()
+        agent_id = self._known[text] = canonical_agent_id(text)
+        return agent_id
+
+
+def _moment(appended_ms: int) -> datetime:
+    """Return a record's timestamp as a datetime.
+
+    Raises:
+        DecodeError: it is before 1970 (-1 is Kafka's "none") or after 9999.
+    """
+    if 0 <= appended_ms * 1000 <= MAX_TIMESTAMP_US:
+        return datetime.fromtimestamp(appended_ms / 1000, UTC)
+    raise DecodeError(f"the record's timestamp, {appended_ms} ms, is not in 1970 to 9999; make the topic LogAppendTime")

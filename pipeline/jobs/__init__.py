@@ -1,0 +1,1 @@
+"""What an operator runs once, without its output."""

@@ -1,0 +1,53 @@
+"""Compare a shadow table with the one that coder's own batcher writes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import msgspec
+
+from pipeline.errors import ConfigError, SchemaMismatch
+from pipeline.postgres.errors import translated_errors
+from pipeline.postgres.store import statement
+
+_NAMED_PAIRS: Final = 20
+_MINUTE_SECONDS: Final = 60.0
+
+
+class ShadowDiff(msgspec.Struct):
+    """How many pairs of both tables agree in value and error; `pairs` names the first 20 that don't.
+
+    `only_shadow` pairs are no difference: coder's batcher updates declared pairs only. `unsettled` ones have just
+    changed.
+    """
+
+    same: int
+    different: int
+    only_live: int
+    only_shadow: int
+    unsettled: int
+    pairs: list[dict[str, Any]]
+
+
+async def shadow_diff(connection: Any, *, live_schema: str, settle_seconds: float) -> ShadowDiff:
+    """Compare the table of the connection's search path with the live schema's; reads both, and writes nothing.
+
+    Raises:
+        ConfigError: both are the same table, or there is none in the live schema.
+        SchemaMismatch: there is no shadow table.
+        ServiceUnavailable: Postgres did not answer.
+    """
+    async with translated_errors("comparing tables"):
+        tables = await connection.fetchrow(statement("shadow_tables"), live_schema)
+        if tables["shadow"] is None:
+            raise SchemaMismatch("there is no shadow table: run `agent-metadata db migrate` with the same DATABASE_URL")
+        if tables["live"] is None:
+            raise ConfigError(f"schema {live_schema} has no workspace_agent_metadata: name coder's schema by --live")
+        if tables["live"] == tables["shadow"]:
+            raise ConfigError(
+                f"DATABASE_URL leads to the table of {live_schema} itself: add search_path=shadow to it, see README.md"
+            )
+        query = statement("shadow_diff").replace("live_schema.", f"{tables['live_schema']}.")
+        row = await connection.fetchrow(query, settle_seconds, _NAMED_PAIRS, timeout=_MINUTE_SECONDS)
+    return ShadowDiff(**{**row, "pairs": json.loads(row["pairs"])})

@@ -1,0 +1,221 @@
+"""What `status` shows: gathered from Kafka, Postgres and the roles' own metrics, and whether it is healthy."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from prometheus_client.parser import text_string_to_metric_families
+
+from pipeline.errors import ServiceUnavailable
+from pipeline.kafka.admin import KafkaAdmin
+from pipeline.kafka.range_reader import OffsetRange, RangeReader
+from pipeline.kafka.topics import TopicFacts
+from pipeline.postgres.errors import translated_errors
+from pipeline.postgres.store import epoch_is_over, statement
+from pipeline.replay.refill import range_reader, require_all_topics
+from pipeline.settings import Settings
+
+_ANSWER_SECONDS: Final = 10.0
+# Reading the whole table is a luxury of this screen: it must not hold up the rest.
+_TABLE_SECONDS: Final = 10.0
+_SCRAPE_SECONDS: Final = 2.0
+
+Watermarks = Mapping[int, tuple[int, int]]
+
+
+class PartitionStatus(msgspec.Struct):
+    """How far worker and sink are with one partition.
+
+    Units: lags in records (of the events topic, of the batches topic); `*_behind_seconds` is how long the oldest record
+    that is not done yet has waited. `open_pairs` is None where no worker's metrics can be read.
+    """
+
+    partition: int
+    worker_lag: int = 0
+    worker_behind_seconds: float = 0.0
+    open_pairs: int | None = None
+    sink_lag: int = 0
+    sink_behind_seconds: float = 0.0
+    last_applied_at: datetime | None = None
+
+
+class TableStatus(msgspec.Struct):
+    """What the table holds; an agent is stale if its newest value is too old."""
+
+    rows: int
+    agents: int
+    stale_agents: int
+
+
+class Status(msgspec.Struct):
+    """One look at everything. None: could not be had (metrics), or not in time (the table)."""
+
+    workers: int
+    sinks: int
+    partitions: list[PartitionStatus]
+    dead_letters: int
+    table: TableStatus | None
+    outage_seconds: float | None = None
+    is_table_emptied: bool = False
+
+    def problems(self, *, worker_may_lag_seconds: float, sink_may_lag_seconds: float) -> list[str]:
+        """Say what is wrong, one line each; nothing, if the pipeline is healthy."""
+        found = []
+        if not self.workers:
+            found.append("no worker is in its consumer group: start one (`agent-metadata worker`)")
+        if not self.sinks:
+            found.append("no sink is in its consumer group: start one (`agent-metadata sink`)")
+        worker = max((item.worker_behind_seconds for item in self.partitions), default=0.0)
+        if worker > worker_may_lag_seconds:
+            found.append(f"the worker is {worker:.0f} s behind: see its log; more workers share the partitions")
+        sink = max((item.sink_behind_seconds for item in self.partitions), default=0.0)
+        if sink > sink_may_lag_seconds:
+            found.append(f"the sink is {sink:.0f} s behind: see its log, and whether Postgres is slow")
+        if self.outage_seconds:
+            found.append(f"a sink holds batches back for {self.outage_seconds:.0f} s: Postgres is away")
+        if self.is_table_emptied:
+            found.append("the table was emptied: a sink refills it by itself, or `agent-metadata refill` does")
+        return found
+
+
+class Lag(NamedTuple):
+    """What is not done of a partition: records, and for how long the oldest of them has waited."""
+
+    records: int
+    seconds: float
+
+
+class _Groups(NamedTuple):
+    """What Kafka says at one moment; offsets by partition."""
+
+    events: Watermarks
+    batches: Watermarks
+    dead_letters: Watermarks
+    committed: Mapping[int, int]
+    workers: int
+    sinks: int
+
+
+async def gather_status(
+    settings: Settings, connection: Any, *, stale_after_seconds: float, metrics_urls: Sequence[str]
+) -> Status:
+    """Look at everything once; nothing is changed, and no group is joined.
+
+    Raises:
+        TopicMismatch, ServiceUnavailable, ConfigError: topics or tables are missing, or a server does not answer.
+    """
+    topics = await require_all_topics(settings)
+    async with translated_errors("reading progress"):
+        rows = await connection.fetch(statement("status_progress"), topics["batches"].topic_id)
+        epoch = await connection.fetchrow(statement("read_epoch"))
+    applied = {row["partition"]: row for row in rows}
+    groups = await _ask_kafka(settings, topics)
+    worker = await _lags(settings, topics["events"], groups.committed, groups.events)
+    next_offsets = {number: row["next_offset"] for number, row in applied.items()}
+    sink = await _lags(settings, topics["batches"], next_offsets, groups.batches)
+    samples = await asyncio.to_thread(_scrape, metrics_urls)
+    return Status(
+        workers=groups.workers,
+        sinks=groups.sinks,
+        partitions=[
+            PartitionStatus(
+                number,
+                *worker[number],
+                _open_pairs(samples, number),
+                *sink[number],
+                applied[number]["updated_at"] if number in applied else None,
+            )
+            for number in sorted(groups.events)
+        ],
+        dead_letters=sum(high - low for low, high in groups.dead_letters.values()),
+        table=await _table(connection, stale_after_seconds),
+        is_table_emptied=epoch_is_over(epoch),
+        outage_seconds=max(
+            (value for name, _, value in samples if name == "agent_metadata_outage_seconds"), default=None
+        ),
+    )
+
+
+def group_positions(settings: Settings, events: TopicFacts) -> dict[int, int]:
+    """Read the worker group's committed offsets in the events topic."""
+    with KafkaAdmin(settings.client_config()) as admin:
+        return admin.committed(settings.worker_group, events.name, events.partitions, _ANSWER_SECONDS)
+
+
+async def _ask_kafka(settings: Settings, topics: Mapping[str, TopicFacts]) -> _Groups:
+    # Positions before ends, so that what comes meanwhile counts as lag and never the other way round.
+    committed = await asyncio.to_thread(group_positions, settings, topics["events"])
+    with KafkaAdmin(settings.client_config()) as admin:
+        events, batches, dead_letters = [
+            await admin.offsets(topics[role].name, range(topics[role].partitions), _ANSWER_SECONDS)
+            for role in ("events", "batches", "dead_letter")
+        ]
+        workers, sinks = [
+            await asyncio.to_thread(admin.members, group, _ANSWER_SECONDS)
+            for group in (settings.worker_group, settings.sink_group)
+        ]
+    return _Groups(events, batches, dead_letters, committed, workers, sinks)
+
+
+async def _lags(
+    settings: Settings, topic: TopicFacts, positions: Mapping[int, int], ends: Watermarks
+) -> dict[int, Lag]:
+    starts = {number: max(low, positions.get(number, low)) for number, (low, _) in ends.items()}
+    waiting = {number: at for number, at in starts.items() if at < ends[number][1]}
+    seconds: Mapping[int, float] = {}
+    if waiting:
+        async with range_reader(settings, topic) as reader:
+            seconds = await asyncio.to_thread(_waited, reader, waiting)
+    return {number: Lag(max(0, ends[number][1] - at), seconds.get(number, 0.0)) for number, at in starts.items()}
+
+
+def _waited(reader: RangeReader, positions: Mapping[int, int]) -> dict[int, float]:
+    """Return for how many seconds the record at each position has been in its topic."""
+    waited = {}
+    for number, at in positions.items():
+        reader.open(OffsetRange(number, at, at + 1))
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while not reader.is_done:
+            for message in reader.read(1):
+                waited[number] = max(0.0, time.time() - message.timestamp()[1] / 1000)
+            if time.monotonic() > deadline:
+                raise ServiceUnavailable(f"Kafka did not send a record of {reader.topic} within {_ANSWER_SECONDS:g} s")
+    return waited
+
+
+async def _table(connection: Any, stale_after_seconds: float) -> TableStatus | None:
+    async with translated_errors("counting rows"):
+        try:
+            row = await connection.fetchrow(statement("status_table"), stale_after_seconds, timeout=_TABLE_SECONDS)
+        except TimeoutError:
+            return None
+    return TableStatus(row["rows"], row["agents"], row["stale_agents"])
+
+
+def _scrape(urls: Sequence[str]) -> list[tuple[str, Mapping[str, str], float]]:
+    """Read (name, labels, value) of roles that serve metrics; who doesn't answer is left out."""
+    samples: list[tuple[str, Mapping[str, str], float]] = []
+    for url in urls:
+        try:
+            with urllib.request.urlopen(url, timeout=_SCRAPE_SECONDS) as answer:  # noqa: S310  # http(s), checked before
+                text = answer.read().decode()
+        except OSError:
+            continue
+        for family in text_string_to_metric_families(text):
+            samples += [(item.name, item.labels, item.value) for item in family.samples]
+    return samples
+
+
+def _open_pairs(samples: Sequence[tuple[str, Mapping[str, str], float]], partition: int) -> int | None:
+    found = [
+        value
+        for name, labels, value in samples
+        if name == "agent_metadata_open_pairs" and labels.get("partition") == str(partition)
+    ]
+    return int(max(found)) if found else None

@@ -1,0 +1,108 @@
+"""Faust's side of Kafka's security: credentials for aiokafka, and OAuth tokens for them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import time
+from base64 import b64encode
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
+
+import faust
+import structlog
+from aiokafka.abc import AbstractTokenProvider
+from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
+
+from pipeline.errors import ServiceUnavailable
+from pipeline.kafka.security import tls_context
+from pipeline.settings import Settings
+
+_REQUEST_SECONDS: Final = 10.0
+# The part of its life after which a token is fetched anew. Source: librdkafka's.
+_REFRESH_AT: Final = 0.8
+# For a token whose answer has no expires_in, which RFC 6749 allows.
+_DEFAULT_LIFE_SECONDS: Final = 60.0
+
+_log = structlog.get_logger(__name__)
+
+
+def faust_credentials(settings: Settings) -> Any:
+    """Return what a Faust app takes as broker_credentials; None for PLAINTEXT."""
+    protocol, mechanism = settings.kafka_security_protocol, settings.kafka_sasl_mechanism
+    if protocol == "PLAINTEXT":
+        return None
+    context = tls_context(settings) if protocol in ("SSL", "SASL_SSL") else None
+    if protocol == "SSL":
+        return faust.SSLCredentials(context)
+    if mechanism == "OAUTHBEARER":
+        return faust.OAuthCredentials(oauth_cb=TokenProvider(settings), ssl_context=context)
+    password = settings.kafka_sasl_password
+    return faust.SASLCredentials(
+        username=settings.kafka_sasl_username,
+        password=password.get_secret_value() if password else "",
+        ssl_context=context,
+        mechanism=mechanism,
+    )
+
+
+def aiokafka_security(settings: Settings) -> Mapping[str, Any]:
+    """Return the arguments about security that an aiokafka client takes."""
+    arguments: Mapping[str, Any] = credentials_to_aiokafka_auth(faust_credentials(settings))
+    return arguments
+
+
+class TokenProvider(AbstractTokenProvider):
+    """Fetches tokens by OAuth's client credentials (RFC 6749, 4.4), as librdkafka does by itself."""
+
+    def __init__(self, settings: Settings) -> None:
+        client_id, secret = settings.kafka_sasl_oauth_client_id, settings.kafka_sasl_oauth_client_secret
+        # Not percent-encoded as RFC 6749 2.3.1 has it: librdkafka doesn't either, and both must be let in.
+        client = f"{client_id}:{secret.get_secret_value() if secret else ''}"
+        self._url = settings.kafka_sasl_oauth_token_url or ""
+        self._headers = {
+            "Authorization": f"Basic {b64encode(client.encode()).decode()}",
+            "Content-Type": "application/x-www-form-urlencoded",
+            "Accept": "application/json",
+        }
+        scope = settings.kafka_sasl_oauth_scope
+        self._form = urlencode({"grant_type": "client_credentials", **({"scope": scope} if scope else {})}).encode()
+        self._context: ssl.SSLContext = tls_context(settings)
+        self._token = ""
+        self._refresh_at = 0.0  # of the monotonic clock
+
+    async def token(self) -> str:
+        """Return a token that is still good.
+
+        Raises:
+            ServiceUnavailable: there is none to be had; aiokafka tries again.
+        """
+        if time.monotonic() >= self._refresh_at:
+            try:
+                self._token, life_seconds = await asyncio.to_thread(self._fetch)
+            except ServiceUnavailable as error:
+                _log.warning("kafka_unavailable", error=str(error))
+                raise
+            self._refresh_at = time.monotonic() + _REFRESH_AT * life_seconds
+        return self._token
+
+    def _fetch(self) -> tuple[str, float]:
+        request = Request(self._url, self._form, self._headers)  # noqa: S310  # settings allow http and https alone
+        try:
+            with urlopen(request, timeout=_REQUEST_SECONDS, context=self._context) as response:  # noqa: S310
+                answer = json.load(response)
+            return str(answer["access_token"]), float(answer.get("expires_in", _DEFAULT_LIFE_SECONDS))
+        except HTTPError as error:
+            error.close()
+            reason = f"HTTP {error.code} {error.reason}"
+        except URLError as error:
+            reason = str(error.reason)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            reason = f"{type(error).__name__}, not a token"
+        raise ServiceUnavailable(
+            f"no OAuth token from {self._url}: {reason}; check AGENT_METADATA_KAFKA_SASL_OAUTH_*"
+        ) from None

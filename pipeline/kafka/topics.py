@@ -1,0 +1,201 @@
+"""Topics as code: create what topics/*.toml declares, and say where the cluster disagrees."""
+
+from __future__ import annotations
+
+import time
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import structlog
+from confluent_kafka.admin import NewTopic
+
+from pipeline.data_files import data_dir
+from pipeline.errors import TopicMismatch
+from pipeline.kafka.admin import KafkaAdmin, topic_id_by_name
+
+_REQUEST_SECONDS: Final = 10.0
+_MIN_REQUEST_SECONDS: Final = 0.1  # librdkafka takes no less than a millisecond
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TopicSpec:
+    """One topic as declared; `why` explains each choice, `config` holds Kafka's own names and texts.
+
+    `replication` -1 is the broker's default.
+    """
+
+    role: str
+    name: str
+    purpose: str
+    key: str
+    partitions: int
+    replication: int
+    config: Mapping[str, str]
+    why: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TopicFacts:
+    """One topic as it is; `topic_id` names this incarnation of it. `is_embedded`: its broker is for demos."""
+
+    name: str
+    topic_id: str
+    partitions: int
+    is_embedded: bool = False
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a topic is not as declared."""
+
+    topic: str
+    field: str
+    declared: str
+    actual: str
+
+
+def load_topic_specs(*, names: Mapping[str, str] | None = None, partitions: int | None = None) -> dict[str, TopicSpec]:
+    """Read the declarations, by role: events, batches, dead_letter.
+
+    `names` renames topics by role; `partitions` counts for events and batches alike.
+    """
+    specs = {}
+    for file in sorted(data_dir("topics").glob("*.toml")):
+        declared = tomllib.loads(file.read_text(encoding="utf-8"))
+        spec = TopicSpec(
+            role=declared["role"],
+            name=declared["name"],
+            purpose=declared["purpose"],
+            key=declared["key"],
+            partitions=declared["partitions"],
+            replication=declared["replication"],
+            config={name: str(value) for name, value in declared["config"].items()},
+            why=declared["why"],
+        )
+        if names and spec.role in names:
+            spec = replace(spec, name=names[spec.role])
+        if partitions is not None and spec.role != "dead_letter":
+            spec = replace(spec, partitions=partitions)
+        specs[spec.role] = spec
+    return specs
+
+
+def create_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> list[str]:
+    """Create the topics that are missing and return the names of those this call created; others are left alone.
+
+    Guarantee: idempotent, safe to run twice at once; on return the cluster lists all the topics. The embedded broker
+    decides on partitions and configuration itself, which is logged.
+
+    Raises:
+        ServiceUnavailable: Kafka did not answer, or does not list a topic 10 s after its creation.
+        TopicMismatch: Kafka refuses a topic.
+    """
+    with KafkaAdmin(client_config) as admin:
+        cluster = admin.cluster(_REQUEST_SECONDS)
+        missing = {spec.name: spec for spec in specs.values() if spec.name not in cluster.partitions}
+        if not missing:
+            return []
+        if cluster.is_embedded:
+            _log.warning("topics_made_by_the_broker", topics=list(missing), reason="it knows no CreateTopics")
+            admin.touch(missing, _REQUEST_SECONDS)
+            created = list(missing)
+        else:
+            created = admin.create([_new_topic(spec) for spec in missing.values()], _REQUEST_SECONDS)
+        admin.wait_until_shown(missing, _REQUEST_SECONDS)
+    return created
+
+
+def delete_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> None:
+    """Delete these topics with all they hold; those that don't exist are fine. The embedded broker keeps them.
+
+    Raises:
+        ServiceUnavailable: Kafka did not answer.
+    """
+    with KafkaAdmin(client_config) as admin:
+        if not admin.cluster(_REQUEST_SECONDS).is_embedded:
+            admin.delete([spec.name for spec in specs.values()], _REQUEST_SECONDS)
+
+
+def diff_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> list[Difference]:
+    """Compare the cluster with the declarations; no differences, no items.
+
+    The replication factor is not compared: -1 leaves it to the broker. Nor is the embedded broker's configuration,
+    which can't be read.
+
+    Raises:
+        ServiceUnavailable: Kafka did not answer.
+    """
+    with KafkaAdmin(client_config) as admin:
+        cluster = admin.cluster(_REQUEST_SECONDS)
+        existing = [spec.name for spec in specs.values() if spec.name in cluster.partitions]
+        configs = {} if cluster.is_embedded else admin.configs(existing, _REQUEST_SECONDS)
+    differences = []
+    for spec in specs.values():
+        partitions = cluster.partitions.get(spec.name)
+        if partitions is None:
+            differences.append(Difference(spec.name, "topic", "exists", "missing"))
+        elif partitions != spec.partitions:
+            differences.append(Difference(spec.name, "partitions", str(spec.partitions), str(partitions)))
+        if spec.name in configs:
+            differences += _config_differences(spec, configs[spec.name])
+    return differences
+
+
+def require_topics(
+    client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec], *, timeout_s: float
+) -> dict[str, TopicFacts]:
+    """Check that the topics exist and fit together; return what they are, by role.
+
+    Raises:
+        TopicMismatch: one is missing, or events and batches have unequally many partitions.
+        ServiceUnavailable: Kafka did not answer within `timeout_s` seconds, all requests together.
+    """
+    deadline = time.monotonic() + timeout_s
+    with KafkaAdmin(client_config) as admin:
+        cluster = admin.cluster(timeout_s)
+        names = [spec.name for spec in specs.values()]
+        if missing := [name for name in names if name not in cluster.partitions]:
+            raise TopicMismatch(
+                f"the cluster lacks {', '.join(missing)}, or hides it from a user without DESCRIBE: "
+                f"run `agent-metadata topics create`"
+            )
+        if cluster.is_embedded:
+            ids = {name: topic_id_by_name(name) for name in names}
+        else:
+            ids = admin.topic_ids(names, max(deadline - time.monotonic(), _MIN_REQUEST_SECONDS))
+    facts = {
+        role: TopicFacts(spec.name, ids[spec.name], cluster.partitions[spec.name], cluster.is_embedded)
+        for role, spec in specs.items()
+    }
+    if {"events", "batches"} <= facts.keys():
+        require_equal_partitions(facts["events"], facts["batches"])
+    return facts
+
+
+def require_equal_partitions(events: TopicFacts, batches: TopicFacts) -> None:
+    """Refuse a batches topic that can't mirror the events topic partition by partition.
+
+    Raises:
+        TopicMismatch: their numbers of partitions differ.
+    """
+    if events.partitions != batches.partitions:
+        raise TopicMismatch(
+            f"{events.name} has {events.partitions} partitions and {batches.name} has {batches.partitions}: "
+            f"give both equally many (kafka-topics.sh --alter adds partitions)"
+        )
+
+
+def _new_topic(spec: TopicSpec) -> NewTopic:
+    return NewTopic(spec.name, spec.partitions, spec.replication, config=dict(spec.config))
+
+
+def _config_differences(spec: TopicSpec, actual: Mapping[str, str]) -> list[Difference]:
+    return [
+        Difference(spec.name, name, declared, actual.get(name, "not set"))
+        for name, declared in spec.config.items()
+        if actual.get(name) != declared
+    ]

@@ -1,0 +1,1 @@
+"""What a monitor sees of a process: metrics, lag, health, logs."""

@@ -1,0 +1,286 @@
+"""Prometheus metrics, on a registry that the caller brings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from pipeline.monitoring.lag import Lag
+
+PREFIX: Final = "agent_metadata_"
+# With it, metadatabatcher's seven metrics bear coder's own names.
+CODER_PREFIX: Final = "coderd_agentapi_metadata_"
+# Source of the buckets: coder's metadatabatcher, so that its dashboards fit; names differ in the prefix only.
+UTILIZATION_BUCKETS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 40, 80, 160)
+BATCH_SIZE_BUCKETS: Final = (10, 25, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500)
+FLUSH_SECONDS_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+# From a window of a tenth of a second to an outage of an hour.
+FRESHNESS_SECONDS_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 7.5, 10, 15, 30, 60, 300, 900, 3600)
+
+# The hops of an entry, in their order, each at the place that can tell its time.
+Hop = Literal["produced", "window_closed", "committed", "notified", "sent"]
+
+
+class Freshness:
+    """How old entries are at a hop; a process registers it once, whatever hops it sees."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._histogram = Histogram(
+            f"{PREFIX}freshness_seconds",
+            "Seconds since an entry was collected, when it reached a hop: produced (Kafka's timestamp of the record), "
+            "window_closed, committed (the row is written), notified (a listener is told), sent (to a client of "
+            "`serve`). Sampled: one report a chunk, one entry a batch, one row a notification or event.",
+            ["hop"],
+            buckets=FRESHNESS_SECONDS_BUCKETS,
+            registry=registry,
+        )
+
+    def observe(self, hop: Hop, *, collected_at: float, at: float) -> None:
+        """Note one entry; both times in seconds since the Unix epoch. An agent's clock that is ahead counts as 0."""
+        self._histogram.labels(hop).observe(max(0.0, at - collected_at))
+
+
+class PartitionGauges(Collector):
+    """A gauge with a value for each partition that is there when it is scraped, and for no other."""
+
+    def __init__(
+        self,
+        name: str,
+        documentation: str,
+        read: Callable[[], Mapping[int, float]],
+        *,
+        topic: str,
+        registry: CollectorRegistry,
+    ) -> None:
+        self._name = PREFIX + name
+        self._documentation = documentation
+        self._read = read
+        self._topic = topic
+        registry.register(self)
+
+    def describe(self) -> Iterator[GaugeMetricFamily]:
+        """Name the gauge, so that the registry refuses another of its name."""
+        yield GaugeMetricFamily(self._name, self._documentation, labels=["topic", "partition"])
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Read the values, in the scrape's thread."""
+        for family in self.describe():
+            for partition, value in sorted(self._read().items()):
+                family.add_metric([self._topic, str(partition)], value)
+            yield family
+
+
+class ConsumerMetrics:
+    """What worker and sink tell alike of the topic they consume: lag, and since when a service is away."""
+
+    def __init__(self, registry: CollectorRegistry, topic: str, now: Callable[[], float] = time.time) -> None:
+        # Replaced as a whole: a scrape, which has a thread of its own, sees one look or the next.
+        self.lags: Mapping[int, Lag] = {}
+        PartitionGauges(
+            "lag_records",
+            "Records that are in Kafka and not yet folded (worker) or not yet applied (sink).",
+            lambda: {partition: lag.records for partition, lag in self.lags.items()},
+            topic=topic,
+            registry=registry,
+        )
+        PartitionGauges(
+            "lag_age_seconds",
+            "How long the oldest of these records has been in Kafka, to some seconds; 0 if there is none.",
+            lambda: {
+                partition: max(0.0, now() - lag.since) if lag.records else 0.0 for partition, lag in self.lags.items()
+            },
+            topic=topic,
+            registry=registry,
+        )
+        self.outage_seconds = Gauge(
+            f"{PREFIX}outage_seconds",
+            "How long a service has been away, or has refused what it was given; 0 = not at all.",
+            ["service"],
+            registry=registry,
+        )
+
+    def show_lags(self, lags: Mapping[int, Lag]) -> None:
+        """Show these from the next scrape on."""
+        self.lags = lags
+
+
+class Metrics:
+    """metadatabatcher's seven metrics, with its buckets and labels; registered nowhere yet.
+
+    `prefix` is PREFIX, or CODER_PREFIX for coder's own names. A sink fills all but `dropped_keys`, which is a
+    producer's: what has reached Kafka is not dropped.
+    """
+
+    def __init__(self, prefix: str = PREFIX) -> None:
+        self.batch_utilization = Histogram(
+            f"{prefix}batch_utilization",
+            "Keys per agent and batch, observed after the commit.",
+            buckets=UTILIZATION_BUCKETS,
+            registry=None,
+        )
+        self.batch_size = Histogram(
+            f"{prefix}batch_size", "Entries per applied batch.", buckets=BATCH_SIZE_BUCKETS, registry=None
+        )
+        self.flush_seconds = Histogram(
+            f"{prefix}flush_duration_seconds",
+            "Duration of the transaction that applied a batch, NOTIFY and retries included.",
+            ["reason"],
+            buckets=FLUSH_SECONDS_BUCKETS,
+            registry=None,
+        )
+        self.batches = Counter(f"{prefix}batches", "Batches applied.", ["reason"], registry=None)
+        self.dropped_keys = Counter(
+            f"{prefix}dropped_keys",
+            "Entries of reports that a producer dropped because its local queue was full.",
+            registry=None,
+        )
+        self.flushed = Counter(f"{prefix}flushed", "Entries of applied batches.", registry=None)
+        self.publish_errors = Counter(
+            f"{prefix}publish_errors",
+            "NOTIFY payloads of transactions that failed; they were sent again when these were tried again.",
+            registry=None,
+        )
+
+    def collectors(self) -> list[Collector]:
+        """Return the seven, to be registered."""
+        return [
+            self.batch_utilization,
+            self.batch_size,
+            self.flush_seconds,
+            self.batches,
+            self.dropped_keys,
+            self.flushed,
+            self.publish_errors,
+        ]
+
+
+class ProducerMetrics:
+    """What a MetadataProducer counts."""
+
+    def __init__(self, registry: CollectorRegistry, prefix: str = PREFIX) -> None:
+        self.dropped_keys = Metrics(prefix).dropped_keys
+        registry.register(self.dropped_keys)
+        self.failed_deliveries = Counter(
+            "agent_metadata_failed_deliveries", "Reports that Kafka did not acknowledge.", registry=registry
+        )
+
+
+class WorkerMetrics:
+    """What a worker counts."""
+
+    def __init__(self, registry: CollectorRegistry, topic: str = "") -> None:
+        self.consumer = ConsumerMetrics(registry, topic)
+        self.freshness = Freshness(registry)
+        self.records = Counter("agent_metadata_records", "Records of the events topic consumed.", registry=registry)
+        self.entries = Counter("agent_metadata_entries", "Entries folded.", registry=registry)
+        self.windows = Counter("agent_metadata_windows", "Windows closed.", ["reason"], registry=registry)
+        self.rows = Counter("agent_metadata_window_rows", "Rows of closed windows, after dedup.", registry=registry)
+        self.dead_letters = Counter(
+            "agent_metadata_dead_letters", "Records dead-lettered.", ["reason"], registry=registry
+        )
+        self.clamped_clocks = Counter(
+            "agent_metadata_clamped_clocks",
+            "Times set back because they were too far ahead of the broker's.",
+            registry=registry,
+        )
+        self.lost_records = Counter(
+            "agent_metadata_retention_lost_records",
+            "Records that retention deleted before they were consumed.",
+            registry=registry,
+        )
+        self.unacknowledged_seconds = Gauge(
+            "agent_metadata_unacknowledged_seconds",
+            "How long the oldest closed window has waited for Kafka to acknowledge it; 0 = none waits.",
+            registry=registry,
+        )
+        self._open_pairs: Mapping[int, int] = {}
+        PartitionGauges(
+            "open_pairs", "Unique pairs in open windows.", lambda: self._open_pairs, topic=topic, registry=registry
+        )
+
+    def show_open_pairs(self, pairs: Mapping[int, int]) -> None:
+        """Show these from the next scrape on, for the partitions this worker owns now and for no others."""
+        self._open_pairs = pairs
+
+
+class SinkMetrics(Metrics):
+    """What a sink counts: metadatabatcher's seven, and its own."""
+
+    def __init__(self, registry: CollectorRegistry, prefix: str = PREFIX, topic: str = "") -> None:
+        super().__init__(prefix)
+        for collector in self.collectors():
+            registry.register(collector)
+        self.consumer = ConsumerMetrics(registry, topic)
+        self.freshness = Freshness(registry)
+        self.skipped_batches = Counter(
+            "agent_metadata_skipped_batches", "Batches whose source range was applied already.", registry=registry
+        )
+        self.rows_written = Counter("agent_metadata_rows_written", "Rows that changed.", registry=registry)
+        self.notify_payloads = Counter("agent_metadata_notify_payloads", "NOTIFY payloads sent.", registry=registry)
+        self.rows_unchanged = Counter(
+            "agent_metadata_rows_unchanged",
+            "Rows given that are held already as they are; with UNDECLARED=ignore the undeclared and the stale too.",
+            registry=registry,
+        )
+        self.stale_entries = Counter(
+            "agent_metadata_stale_entries",
+            "Rows given that were refused because the held one is newer; not told with UNDECLARED=ignore.",
+            registry=registry,
+        )
+        self.failed_flushes = Counter(
+            "agent_metadata_failed_flushes", "Transactions that failed and were tried again.", registry=registry
+        )
+        self.dead_letters = Counter(
+            "agent_metadata_dead_letters", "Records or rows dead-lettered.", ["reason"], registry=registry
+        )
+        self.lost_batches = Counter(
+            "agent_metadata_retention_lost_batches",
+            "Batches that retention deleted before they were applied.",
+            registry=registry,
+        )
+
+
+class ServeMetrics:
+    """What a serving process counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.watchers = Gauge("agent_metadata_watchers", "Open event streams.", registry=registry)
+        self.dropped_watchers = Counter(
+            "agent_metadata_dropped_watchers",
+            "Event streams cut off because their client had stopped reading.",
+            registry=registry,
+        )
+        self._pairs = Gauge("agent_metadata_served_pairs", "Pairs that are served.", registry=registry)
+        self._stale_pairs = Gauge(
+            "agent_metadata_stale_pairs", "Served pairs older than three of their usual intervals.", registry=registry
+        )
+
+    def show_pairs(self, pairs: int, stale: int) -> None:
+        """Set the gauges."""
+        self._pairs.set(pairs)
+        self._stale_pairs.set(stale)
+
+
+class ListenerMetrics:
+    """What a listener counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.freshness = Freshness(registry)
+        self.payloads = Counter(
+            "agent_metadata_listener_payloads", "NOTIFY payloads that were received.", registry=registry
+        )
+        self.ignored_payloads = Counter(
+            "agent_metadata_listener_ignored_payloads",
+            "NOTIFY payloads that are no agent ids; another program uses the channel.",
+            registry=registry,
+        )
+        self.cuts = Counter(
+            "agent_metadata_listener_cuts",
+            "Connections lost; what was missed is read after the next one is there.",
+            registry=registry,
+        )

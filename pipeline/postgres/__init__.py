@@ -1,0 +1,1 @@
+"""Every statement's caller; knows no stage and no Settings."""

@@ -1,0 +1,166 @@
+"""Wire the operator's jobs from settings: replay, refill."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Final
+
+import structlog
+
+from pipeline.clock import SystemClock
+from pipeline.core.batch import Row
+from pipeline.errors import RowRejected
+from pipeline.kafka.chunk_reader import ChunkReader
+from pipeline.kafka.credentials import aiokafka_security
+from pipeline.kafka.range_reader import OffsetRange, RangeReader
+from pipeline.kafka.topics import TopicFacts, load_topic_specs, require_topics
+from pipeline.postgres.store import Store
+from pipeline.replay.replay import (
+    EVERYTHING,
+    BatchesFold,
+    EventsFold,
+    Filter,
+    Fold,
+    Pace,
+    Replay,
+    ReplaySource,
+    Summary,
+)
+from pipeline.settings import Settings
+
+_ANSWER_SECONDS: Final = 10.0
+
+_log = structlog.get_logger(__name__)
+
+
+async def require_all_topics(settings: Settings, timeout_s: float = _ANSWER_SECONDS) -> dict[str, TopicFacts]:
+    """Return what the topics are, by role.
+
+    Raises:
+        TopicMismatch, ServiceUnavailable: one is missing, or Kafka does not answer within `timeout_s`.
+    """
+    specs = load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
+    return await asyncio.to_thread(require_topics, settings.client_config(), specs, timeout_s=timeout_s)
+
+
+def nothing_happened(_: int) -> None:
+    """Ignore progress."""
+
+
+@contextlib.asynccontextmanager
+async def range_reader(settings: Settings, topic: TopicFacts) -> AsyncIterator[RangeReader]:
+    """Make a reader of a topic; it is closed with the block, off the event loop."""
+    reader = RangeReader(settings.client_config(), topic.name)
+    try:
+        yield reader
+    finally:
+        await asyncio.to_thread(reader.close)
+
+
+async def find_ranges(
+    settings: Settings, topic: TopicFacts, start_ms: int | None = None, end_ms: int | None = None
+) -> list[OffsetRange]:
+    """Find what arrived in a topic in [start_ms, end_ms); see RangeReader.between."""
+    async with range_reader(settings, topic) as reader:
+        return await asyncio.to_thread(reader.between, range(topic.partitions), start_ms, end_ms)
+
+
+@contextlib.asynccontextmanager
+async def chunk_reader(settings: Settings, topic: TopicFacts) -> AsyncIterator[ChunkReader]:
+    """Make a reader of a topic for a replay; it is stopped with the block.
+
+    Raises:
+        ServiceUnavailable: Kafka does not answer.
+    """
+    reader = ChunkReader(settings.kafka_bootstrap_servers.split(","), aiokafka_security(settings), topic.name)
+    await reader.start()
+    try:
+        yield reader
+    finally:
+        await reader.stop()
+
+
+@contextlib.asynccontextmanager
+async def replay_store(settings: Settings, *, notify: bool, connections: int = 1) -> AsyncIterator[Store]:
+    """Open a store of its own, so that a replay doesn't take the connections that the live sink needs."""
+    store = await Store.connect(
+        settings.database_url.get_secret_value(),
+        connections=connections,
+        undeclared=settings.undeclared,
+        notify=notify,
+        application_name="agent-metadata-replay",
+    )
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def wire_replay(
+    settings: Settings,
+    source: ReplaySource,
+    reader: ChunkReader,
+    store: Store,
+    *,
+    only: Filter = EVERYTHING,
+    is_dry_run: bool = False,
+    rate: float | None = None,
+    on_read: Callable[[int], None] = nothing_happened,
+) -> Replay:
+    """Make a replay of what `reader` reads, in the ranges that `run` is given."""
+    known: dict[str, str] = {}
+
+    def new_fold(capacity: int) -> Fold:
+        if source == "events":
+            return EventsFold(capacity, settings.max_clock_skew, known)
+        return BatchesFold(capacity, known)
+
+    async def log_refused(row: Row, error: RowRejected) -> Awaitable[None]:
+        _log.warning("row_rejected", agent_id=row.agent_id, key=row.key, sqlstate=error.sqlstate)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)  # no dead letter: the topic has it
+        return done
+
+    return Replay(
+        reader,
+        new_fold=new_fold,
+        write=store.count_replay if is_dry_run else lambda rows: store.replay(rows, log_refused),
+        pace=Pace(rate, SystemClock()),
+        only=only,
+        on_read=on_read,
+    )
+
+
+async def refill(
+    settings: Settings,
+    *,
+    on_found: Callable[[int], None] = nothing_happened,
+    on_read: Callable[[int], None] = nothing_happened,
+    on_start: Callable[[Replay], None] = lambda _: None,
+) -> Summary | None:
+    """Replay all that the batches topic holds, and note that the table is whole; None: another process is at it.
+
+    `on_found(records)` is told how many there are to read, `on_start(replay)` what to stop.
+
+    Raises:
+        TopicMismatch, ServiceUnavailable, ConfigError: Kafka or Postgres is away, or refuses us; nothing was noted.
+        Interrupted: it was stopped; nothing was noted.
+    """
+    topic = (await require_all_topics(settings))["batches"]
+    summary = Summary()
+    async with (
+        # One connection holds the lock, for as long as Postgres does not crash.
+        replay_store(settings, notify=settings.notify == "on", connections=2) as store,
+        store.refilling() as is_ours,
+    ):
+        if not is_ours:
+            return None
+        ranges = await find_ranges(settings, topic)
+        on_found(sum(item.end - item.start for item in ranges))
+        async with chunk_reader(settings, topic) as reader:
+            replay = wire_replay(settings, "batches", reader, store, on_read=on_read)
+            on_start(replay)
+            await replay.run(ranges, summary, nothing_happened)
+    return summary

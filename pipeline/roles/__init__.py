@@ -1,0 +1,1 @@
+"""What runs in one process until it is told to stop."""

@@ -1,0 +1,1 @@
+"""Rows -> browsers: the HTTP API, event streams, the live page."""

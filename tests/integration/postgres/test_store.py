@@ -1,0 +1,373 @@
+"""The store against a real Postgres: guard, exact-once progress, bisecting, NOTIFY."""
+
+import asyncio
+import uuid
+from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest
+
+from pipeline.core.agent_ids import MAX_IDS_PER_PAYLOAD, NOTIFY_CHANNEL, decode_agent_ids
+from pipeline.core.batch import Batch, Row, Source, Window
+from pipeline.errors import ConfigError, ProgressGap, SchemaMismatch, ServiceUnavailable
+from pipeline.postgres import store as store_module
+from pipeline.postgres.errors import translated_errors
+from pipeline.postgres.store import PartitionId, Received, Store
+
+pytestmark = pytest.mark.services
+
+T0_US = 1_704_067_200_000_000
+BATCHES = PartitionId("batches-id", 0, "batches")
+A1, A2 = (str(uuid.UUID(int=number)) for number in (1, 2))
+
+
+def batch(*rows, first=0, last=None, part=1, parts=1, events_id="events-id"):
+    source = Source("events", events_id, 0, first, first if last is None else last)
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return Batch(source, Window(0, 1), "scheduled", part, parts, *columns)
+
+
+def row(agent_id=A1, key="k", value="v", error="", at=0):
+    return Row(agent_id, key, value, error, T0_US + at)
+
+
+async def refuse_nothing(row, error):
+    raise AssertionError(f"{row} was rejected: {error}")
+
+
+@asynccontextmanager
+async def opened(database_url, **options):
+    store = await Store.connect(database_url, connections=2, **{"undeclared": "insert", "notify": True, **options})
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@pytest.fixture
+async def store(connection, database_url):
+    async with opened(database_url) as store:
+        yield store
+
+
+def acknowledged():
+    done = asyncio.get_running_loop().create_future()
+    done.set_result(None)
+    return done
+
+
+async def apply(store, *numbered, target=BATCHES, reject=refuse_nothing, earliest=0):
+    received = [Received(offset, batch) for offset, batch in numbered]
+    return await store.apply(target, received, reject, earliest=earliest)
+
+
+async def table(connection):
+    rows = await connection.fetch(
+        "select workspace_agent_id, key, value, error, collected_at from workspace_agent_metadata"
+    )
+    return {(str(row[0]), row[1]): (row[2], row[3], round(row[4].timestamp() * 1e6) - T0_US) for row in rows}
+
+
+async def test_apply_writes_rows_and_progress_together(store, connection):
+    applied = await apply(store, (0, batch(row(), row(A2, value="w", error="e", at=7), first=5, last=9)))
+    assert await table(connection) == {(A1, "k"): ("v", "", 0), (A2, "k"): ("w", "e", 7)}
+    assert (applied.rows, {str(agent) for agent in applied.agent_ids}) == (2, {A1, A2})
+    progress = await connection.fetch("select topic_id, partition, next_offset from agent_metadata_progress")
+    assert {tuple(row) for row in progress} == {("batches-id", 0, 1), ("events-id", 0, 10)}
+    assert await store.next_offsets("batches-id", [0, 1]) == {0: 1}
+
+
+async def test_apply_older_value_never_moves_a_row_back(store, connection):
+    await apply(store, (0, batch(row(value="new", at=2), first=0)))
+    applied = await apply(store, (1, batch(row(value="old", at=1), first=1)))
+    assert await table(connection) == {(A1, "k"): ("new", "", 2)}
+    assert (applied.rows, applied.agent_ids, applied.payloads) == (0, set(), 0)
+
+
+async def test_apply_on_equal_times_the_later_arrival_wins(store, connection):
+    await apply(store, (0, batch(row(value="first"), first=0)))
+    await apply(store, (1, batch(row(value="second"), first=1)))
+    assert await table(connection) == {(A1, "k"): ("second", "", 0)}
+
+
+async def test_apply_merges_waiting_batches_into_one_row(store, connection):
+    applied = await apply(store, *((n, batch(row(value=f"v{n}", at=n), first=n)) for n in range(5)))
+    assert await table(connection) == {(A1, "k"): ("v4", "", 4)}
+    assert (len(applied.batches), applied.rows) == (5, 1)
+
+
+@pytest.mark.parametrize("parts", [1, 2])  # with 2, no range is complete: progress alone tells
+async def test_apply_same_record_again_changes_nothing(store, connection, parts):
+    await apply(store, (0, batch(row(value="first"), first=0, parts=parts)))
+    await apply(store, (1, batch(row(value="second"), first=1, parts=parts)))
+    applied = await apply(store, (0, batch(row(value="first"), first=0, parts=parts)))
+    assert await table(connection) == {(A1, "k"): ("second", "", 0)}
+    assert (applied.batches, applied.rows) == ([], 0)
+
+
+async def test_apply_zombie_workers_late_batch_changes_nothing(store, connection):
+    await apply(store, (0, batch(row(value="heir"), first=0, last=9)))
+    applied = await apply(store, (1, batch(row(value="zombie"), first=0, last=7)))
+    assert await table(connection) == {(A1, "k"): ("heir", "", 0)}
+    assert applied.skipped == 1
+
+
+async def test_apply_range_counts_with_its_last_part_only(store, connection):
+    await apply(store, (0, batch(row(key="a"), first=0, last=9, part=1, parts=2)))
+    applied = await apply(
+        store,
+        (1, batch(row(key="a"), first=0, last=9, part=1, parts=2)),
+        (2, batch(row(key="b"), first=0, last=9, part=2, parts=2)),
+    )
+    assert (len(applied.batches), applied.skipped) == (2, 0)
+    assert set(await table(connection)) == {(A1, "a"), (A1, "b")}
+
+
+async def test_apply_events_topic_made_anew_is_not_skipped(store, connection):
+    await apply(store, (0, batch(row(value="old"), first=0, last=900)))
+    applied = await apply(store, (1, batch(row(value="new", at=1), first=0, last=3, events_id="events-id-2")))
+    assert applied.skipped == 0
+    assert await table(connection) == {(A1, "k"): ("new", "", 1)}
+
+
+async def test_apply_batches_topic_made_anew_begins_at_0(store, connection):
+    await apply(store, (0, batch(row(value="old"), first=0)), (1, batch(row(value="old"), first=1)))
+    await apply(store, (0, batch(row(value="new", at=1), first=2)), target=BATCHES._replace(topic_id="anew"))
+    assert await table(connection) == {(A1, "k"): ("new", "", 1)}
+
+
+async def test_apply_records_after_a_gap_are_refused_until_the_gap_is_explained(store, connection):
+    await apply(store, (0, batch(row(), first=0)))
+    late = (5, batch(row(value="late", at=1), first=9))
+    with pytest.raises(ProgressGap, match="next offset to apply is 1"):
+        await apply(store, late)
+    assert await table(connection) == {(A1, "k"): ("v", "", 0)}
+    assert (await apply(store, late, earliest=5)).lost == 4
+    assert await table(connection) == {(A1, "k"): ("late", "", 1)}
+
+
+async def test_apply_dead_lettered_record_moves_progress(store):
+    await apply(store, (0, None), (1, batch(row())))
+    assert await store.next_offsets("batches-id", [0]) == {0: 2}
+
+
+async def test_apply_two_sinks_with_one_partition_apply_each_batch_once(database_url, connection):
+    async with opened(database_url) as one, opened(database_url) as other:
+        numbered = [(n, batch(row(value=f"v{n}", at=n), first=n)) for n in range(20)]
+        results = await asyncio.gather(*(apply(store, *numbered) for store in (one, other) * 4))
+    assert sum(len(applied.batches) for applied in results) == 20
+    assert sum(applied.rows for applied in results) == 1
+
+
+async def test_apply_unchanged_row_is_not_written_and_not_notified(store):
+    await apply(store, (0, batch(row(), first=0)))
+    applied = await apply(store, (1, batch(row(), first=1)))
+    assert (applied.rows, applied.payloads) == (0, 0)
+
+
+async def test_apply_ignoring_undeclared_pairs_updates_declared_rows_only(database_url, connection):
+    await connection.execute(
+        "insert into workspace_agent_metadata (workspace_agent_id, key, display_name) values ($1, 'k', 'K')",
+        uuid.UUID(A1),
+    )
+    async with opened(database_url, undeclared="ignore") as store:
+        applied = await apply(store, (0, batch(row(), row(key="unknown"), row(A2))))
+    assert await table(connection) == {(A1, "k"): ("v", "", 0)}
+    assert {str(agent) for agent in applied.agent_ids} == {A1}
+
+
+async def test_apply_notifies_changed_agents_in_payloads_of_363(store, connection, database_url):
+    payloads = []
+    listening = await asyncpg.connect(database_url)
+    await listening.add_listener(NOTIFY_CHANNEL, lambda *notification: payloads.append(notification[3]))
+    agents = [str(uuid.uuid4()) for _ in range(MAX_IDS_PER_PAYLOAD + 1)]
+    applied = await apply(store, (0, batch(*(row(agent) for agent in agents))))
+    while len(payloads) < 2:
+        await asyncio.wait_for(listening.fetchval("select 1"), 5)
+    await listening.close()
+    assert [len(payload) for payload in payloads] == [363 * 22, 22]
+    assert sorted(str(agent) for payload in payloads for agent in decode_agent_ids(payload)) == sorted(agents)
+    assert applied.payloads == 2
+
+
+async def test_apply_with_notify_off_sends_none(database_url, connection):
+    async with opened(database_url, notify=False) as store:
+        assert (await apply(store, (0, batch(row())))).payloads == 0
+
+
+async def test_apply_row_that_postgres_refuses_costs_itself_alone(store, connection):
+    await connection.execute("alter table workspace_agent_metadata add check (value <> 'poison')")
+    rows = [row(key=f"k{n:04}", value="poison" if n in (17, 1500) else "fine") for n in range(2000)]
+    rejected = []
+
+    async def reject(row, error):
+        rejected.append((row.key, error.sqlstate))
+        return acknowledged()
+
+    applied = await apply(store, (0, batch(*rows)), reject=reject)
+    assert rejected == [("k0017", "23514"), ("k1500", "23514")]
+    assert (applied.rows, applied.rejected, len(await table(connection))) == (1998, 2, 1998)
+
+
+async def test_apply_one_pair_in_two_spellings_holds_nothing_back(store, connection):
+    shouting = str(uuid.UUID(int=0xABC)).upper()
+    await apply(store, (0, batch(row(shouting, value="v"), row(shouting.lower(), value="w", at=1))))
+    assert await table(connection) == {(shouting.lower(), "k"): ("w", "", 1)}
+
+
+async def test_apply_check_that_waits_for_the_commit_costs_its_row_alone(store, connection):
+    await connection.execute("""
+        create function refuse() returns trigger language plpgsql as
+        $$ begin
+            if new.value = 'poison' then raise check_violation using message = 'no poison'; end if;
+            return new;
+        end $$
+    """)
+    await connection.execute("""
+        create constraint trigger refuse after insert or update on workspace_agent_metadata
+        deferrable initially deferred for each row execute function refuse()
+    """)
+    rejected = []
+
+    async def reject(row, error):
+        rejected.append((row.key, error.sqlstate))
+        return acknowledged()
+
+    await apply(store, (0, batch(row(), row(key="p", value="poison"))), reject=reject)
+    assert rejected == [("p", "23514")]
+    assert len(await table(connection)) == 1
+
+
+async def test_apply_dead_letter_that_kafka_does_not_take_commits_nothing(store, connection):
+    await connection.execute("alter table workspace_agent_metadata add check (value <> 'poison')")
+
+    async def reject(row, error):
+        refused = asyncio.get_running_loop().create_future()
+        refused.set_exception(ServiceUnavailable("Kafka did not take it"))
+        return refused
+
+    with pytest.raises(ServiceUnavailable):
+        await apply(store, (0, batch(row(), row(key="p", value="poison"))), reject=reject)
+    assert await table(connection) == {}
+    assert await store.next_offsets("batches-id", [0]) == {}
+
+
+async def test_apply_failing_reject_commits_nothing(store, connection):
+    await connection.execute("alter table workspace_agent_metadata add check (value <> 'poison')")
+
+    async def reject(row, error):
+        raise ServiceUnavailable("the dead-letter topic is away")
+
+    with pytest.raises(ServiceUnavailable):
+        await apply(store, (0, batch(row(), row(key="p", value="poison"))), reject=reject)
+    assert await table(connection) == {}
+    assert await store.next_offsets("batches-id", [0]) == {}
+
+
+async def test_apply_gives_its_locks_back_when_its_sink_falls_silent(database_url, connection, monkeypatch):
+    monkeypatch.setattr(store_module, "IDLE_TRANSACTION_SECONDS", 0.5)
+    await connection.execute("alter table workspace_agent_metadata add check (value <> 'poison')")
+    is_silent = asyncio.Event()
+
+    async def fall_silent(row, error):
+        is_silent.set()
+        await asyncio.Event().wait()
+
+    async def reject(row, error):
+        return acknowledged()
+
+    batches = (0, batch(row(value="poison")))
+    async with opened(database_url) as silent, opened(database_url) as heir:
+        applying = asyncio.create_task(apply(silent, batches, reject=fall_silent))
+        await is_silent.wait()
+        assert (await asyncio.wait_for(apply(heir, batches, reject=reject), 30)).rejected == 1
+        applying.cancel()
+        await asyncio.wait([applying])
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "error"),
+    [
+        ("57P01", ServiceUnavailable),  # shutdown
+        ("53300", ServiceUnavailable),  # too many connections
+        ("53100", ServiceUnavailable),  # disk full
+        ("40P01", ServiceUnavailable),  # deadlock
+        ("55P03", ServiceUnavailable),  # lock not available
+        ("25006", ServiceUnavailable),  # read-only
+        ("XX000", ServiceUnavailable),  # internal error
+        ("42P01", SchemaMismatch),  # no such table
+        ("42501", ConfigError),  # no rights
+    ],
+)
+async def test_errors_are_told_apart_by_sqlstate(connection, sqlstate, error):
+    with pytest.raises(error, match=sqlstate):
+        async with translated_errors("testing"):
+            await connection.execute(f"do $$ begin raise exception 'said' using errcode = '{sqlstate}'; end $$")
+
+
+async def test_connect_to_nothing_is_unavailable():
+    with pytest.raises(ServiceUnavailable, match="did not answer while connecting"):
+        await Store.connect("postgresql://127.0.0.1:1/none", connections=1, undeclared="insert", notify=True)
+
+
+async def test_payloads_of_a_transaction_that_fails_at_its_commit_are_told_of(store, connection):
+    await connection.execute(
+        "create function fail() returns trigger language plpgsql as "
+        "$$ begin raise exception 'the NOTIFY queue is full' using errcode = '54000'; end $$"
+    )
+    await connection.execute(
+        "create constraint trigger fail after insert on workspace_agent_metadata "
+        "deferrable initially deferred for each row execute function fail()"
+    )
+    with pytest.raises(ServiceUnavailable) as failure:
+        await apply(store, (0, batch(row())))
+    assert failure.value.unpublished == 1
+    assert await table(connection) == {}
+
+
+async def test_payloads_of_a_transaction_that_fails_before_its_notify_are_none(store, connection):
+    await connection.execute(
+        "create function fail() returns trigger language plpgsql as "
+        "$$ begin raise exception 'the disk is full' using errcode = '53100'; end $$"
+    )
+    await connection.execute(
+        "create trigger fail before insert on workspace_agent_metadata for each row execute function fail()"
+    )
+    with pytest.raises(ServiceUnavailable) as failure:
+        await apply(store, (0, batch(row())))
+    assert failure.value.unpublished == 0
+
+
+async def test_rows_refused_as_stale_are_told_from_those_that_are_the_same(store):
+    await apply(store, (0, batch(row(at=10), row(A2, at=10), row(A2, "other", at=10), first=0)))
+    again = batch(row(value="late", at=9), row(A2, at=10), row(A2, "new", at=1), row(A2, "other", "w", at=11), first=1)
+    applied = await apply(store, (1, again))
+    assert (applied.given, applied.rows, applied.stale) == (4, 2, 1)
+
+
+async def test_stale_rows_are_not_looked_for_where_undeclared_ones_are_ignored(connection, database_url):
+    async with opened(database_url) as store:
+        await apply(store, (0, batch(row(at=10))))
+    async with opened(database_url, undeclared="ignore") as store:
+        applied = await apply(store, (1, batch(row(at=9), row(A2), first=1)))
+    assert (applied.given, applied.rows, applied.stale) == (2, 0, 0)
+
+
+async def test_ping_says_whether_postgres_answers(store):
+    await store.ping()
+    await store.close()
+    with pytest.raises(ServiceUnavailable):
+        await store.ping()
+
+
+@pytest.mark.parametrize("bad", ["not-a-uuid", "", "zzzzzzzz-0000-0000-0000-000000000000"])
+async def test_apply_row_that_the_client_library_refuses_costs_itself_alone(store, connection, bad):
+    rejected = []
+
+    async def reject(row, error):
+        rejected.append(row.agent_id)
+        return acknowledged()
+
+    await asyncio.wait_for(apply(store, (0, batch(row(bad), row())), reject=reject), 20)
+    assert rejected == [bad]
+    assert len(await table(connection)) == 1

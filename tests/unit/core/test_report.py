@@ -1,0 +1,114 @@
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+
+from pipeline.core.report import (
+    MAX_TIMESTAMP_US,
+    MIN_TIMESTAMP_US,
+    Entry,
+    Report,
+    canonical_agent_id,
+    decode_report,
+    encode_report,
+    key_problem,
+    limit_value,
+    timestamp_us,
+)
+from pipeline.errors import DecodeError
+
+AGENT = "00112233-4455-6677-8899-aabbccddeeff"
+
+
+def raw(entries: str, more: str = "") -> bytes:
+    return f'{{"agent_id":"{AGENT}","entries":[{entries}]{more}}}'.encode()
+
+
+def test_decode_report_round_trips_what_encode_report_wrote():
+    report = Report(AGENT, [Entry("cpu", "12%"), Entry("mem", error="gone")], datetime(2026, 1, 2, tzinfo=UTC))
+    assert decode_report(encode_report(report)) == (report, None)
+
+
+def test_decode_report_ignores_unknown_fields():
+    report, problem = decode_report(raw('{"key":"cpu","value":"1","unit":"%"}', ',"version":7'))
+    assert (report.entries, problem) == ([Entry("cpu", "1")], None)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "no value"),
+        (b"", "truncated"),
+        (b"\xff\xfe", "malformed"),
+        (b"[]", "Expected `object`, got `array`"),
+        (b'{"entries":[]}', "missing required field `agent_id`"),
+        (raw('{"key":1}'), "Expected `str`, got `int`"),
+        (raw('{"key":"k","value":null}'), "Expected `str`, got `null`"),
+        (raw('{"key":"k"}', ',"collected_at":"2026-01-01T00:00:00"'), "timezone"),
+        (raw('{"key":"k"}', ',"collected_at":12'), "got `int`"),
+        (raw('{"key":"k"}') + b"x", "trailing"),
+        (b"\xef\xbb\xbf" + raw('{"key":"k"}'), "malformed"),
+        (b'{"x":' + b"[" * 100_000, "deep"),
+    ],
+)
+def test_decode_report_unreadable_says_why(value, reason):
+    with pytest.raises(DecodeError, match=reason):
+        decode_report(value)
+
+
+def test_decode_report_lone_surrogate_becomes_replacement_character():
+    report, _ = decode_report(raw('{"key":"k","value":"a\\ud800b \\ud83d\\ude00"}'))
+    assert report.entries[0].value == "a\N{REPLACEMENT CHARACTER}b \N{GRINNING FACE}"
+
+
+def test_decode_report_nul_becomes_replacement_character():
+    report, _ = decode_report(raw('{"key":"k\\u0000","value":"a\\u0000b","error":"\\u0000"}'))
+    assert report.entries[0] == Entry("k\ufffd", "a\ufffdb", "\ufffd")
+
+
+def test_decode_report_keys_over_their_sum_are_left_out_with_a_reason():
+    entries = ",".join(f'{{"key":"{index:0100}"}}' for index in range(70))
+    report, problem = decode_report(raw(entries))
+    assert len(report.entries) == 61
+    assert problem == "keys exceeded 6144 bytes: the last 9 entries were left out"
+
+
+@pytest.mark.parametrize(
+    ("given", "limited"),
+    [
+        (("a" * 2048, ""), ("a" * 2048, "")),
+        (("a" * 2049, ""), ("a" * 2048, "value of 2049 bytes exceeded 2048 bytes")),
+        (("é" * 1024, ""), ("é" * 1024, "")),
+        (("a" + "é" * 1024, ""), ("a" + "é" * 1023, "value of 2049 bytes exceeded 2048 bytes")),
+        (("", "e" * 2048), ("", "e" * 2048)),
+        (("", "e" * 2049), ("", "error of 2049 bytes exceeded 2048 bytes")),
+        (("a" * 3000, "e" * 2049), ("a" * 2048, "error of 2049 bytes exceeded 2048 bytes")),
+        (("a\0b\ud800", "\0"), ("a\ufffdb\ufffd", "\ufffd")),
+    ],
+)
+def test_limit_value_cuts_by_bytes_at_a_character(given, limited):
+    assert limit_value(*given) == limited
+
+
+def test_key_problem_counts_characters():
+    assert key_problem("é" * 127) is None
+    assert key_problem("k" * 128).startswith("key of 128 characters exceeds 127")
+
+
+def test_canonical_agent_id_accepts_any_spelling_of_a_uuid():
+    assert canonical_agent_id(AGENT.upper().replace("-", "")) == AGENT
+    with pytest.raises(DecodeError, match="not a UUID: 'agent-7'"):
+        canonical_agent_id("agent-7")
+
+
+@pytest.mark.parametrize(
+    ("moment", "microseconds"),
+    [
+        (datetime(1970, 1, 1, tzinfo=UTC), 0),
+        (datetime(2026, 1, 1, 14, tzinfo=timezone(timedelta(hours=14))), 1_767_225_600_000_000),
+        (datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=14))), MIN_TIMESTAMP_US),
+        (datetime(9999, 12, 31, 23, tzinfo=timezone(timedelta(hours=-14))), MAX_TIMESTAMP_US),
+        (datetime(9999, 12, 31, 23, 59, 59, 999_999, UTC), MAX_TIMESTAMP_US),
+    ],
+)
+def test_timestamp_us_is_exact_and_stays_within_years_1_to_9999(moment, microseconds):
+    assert timestamp_us(moment) == microseconds

@@ -1,0 +1,41 @@
+"""Each place where a pair's event can be, and what is said of it."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from pipeline.jobs.why import Carrier, Event, Found, HeldRow, explain
+
+T0 = datetime(2024, 1, 1, tzinfo=UTC)
+EVENT = Event(0, 10, T0, T0, "v")
+OLDER, SAME, NEWER = (HeldRow("v", "", T0 + timedelta(seconds=seconds)) for seconds in (-1, 0, 1))
+BATCH = Carrier(0, 5, 1, 1, "scheduled", T0)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "found"),
+    [
+        ("no_event", {}),
+        ("held", {"row": SAME}),
+        ("held", {"event": EVENT, "row": SAME}),
+        ("row_newer", {"event": EVENT, "row": NEWER}),
+        ("tie", {"event": EVENT, "row": HeldRow("w", "", T0), "batch": BATCH, "applied": 6, "committed": 11}),
+        ("not_applied", {"event": EVENT, "row": HeldRow("w", "", T0), "batch": BATCH, "applied": 5, "committed": 11}),
+        ("unreadable", {"event": Event(0, 10, T0, refused="not a report"), "row": OLDER}),
+        ("dead_letter", {"event": EVENT, "batch": BATCH, "applied": 6, "dead_letter": "SQLSTATE 23514"}),
+        ("not_closed", {"event": EVENT, "row": OLDER, "committed": 10}),
+        ("not_applied", {"event": EVENT, "row": OLDER, "batch": BATCH, "applied": 5, "committed": 11}),
+        ("not_applied", {"event": EVENT, "batch": BATCH, "applied": 0}),
+        ("undeclared", {"event": EVENT, "batch": BATCH, "applied": 6, "is_ignoring_undeclared": True}),
+        ("batch_gone", {"event": EVENT, "row": OLDER, "committed": 11, "applied": 6}),
+        ("row_gone", {"event": EVENT, "batch": BATCH, "applied": 6, "committed": 11}),
+        ("row_older", {"event": EVENT, "row": OLDER, "batch": BATCH, "applied": 6, "committed": 11}),
+    ],
+)
+def test_verdict_names_the_place_where_the_event_is(verdict, found):
+    assert explain(Found("agent", "key", **found))[0] == verdict
+
+
+def test_explanation_counts_what_is_before_the_event():
+    assert "2 records to commit" in explain(Found("agent", "key", event=EVENT, committed=9))[1]
+    assert "3 batches to apply" in explain(Found("agent", "key", event=EVENT, batch=BATCH, applied=3))[1]
