@@ -120,7 +120,7 @@ def ours(url: str, servers: str, number: int) -> float:
         "AGENT_METADATA_LOG_FORMAT": "json",
     }
     specs = load_topic_specs(names={"events": "events", "batches": topic, "dead_letter": "dead"})
-    topic_id = require_topics({"bootstrap.servers": servers}, specs, timeout_s=10)["batches"].topic_id
+    topic_id = asyncio.run(require_topics({"bootstrap.servers": servers}, specs, timeout_s=10))["batches"].topic_id
     asyncio.run(tidy(url))
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "sink"], env=environment, stderr=subprocess.PIPE, text=True

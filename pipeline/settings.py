@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from pipeline.errors import ConfigError
 from pipeline.kafka.security import librdkafka_security, refuse_impossible
+from pipeline.kafka.topics import TopicSpec, load_topic_specs
 
 PREFIX = "AGENT_METADATA_"
 CONFIG_FILE_VARIABLE: Final = "AGENT_METADATA_CONFIG_FILE"
@@ -215,6 +216,10 @@ class Settings(BaseSettings):
             "batches": self.batches_topic,
             "dead_letter": self.dead_letter_topic,
         }
+
+    def declared_topics(self) -> dict[str, TopicSpec]:
+        """Return the topics by role as `topics/` declares them, with the names and partitions set here."""
+        return load_topic_specs(names=self.topic_names, partitions=self.partitions)
 
     @property
     def max_clock_skew(self) -> timedelta:

@@ -21,7 +21,7 @@ from pipeline.cli.console import command_settings as _settings
 from pipeline.cli.console import run_job as _run
 from pipeline.core.report import Report, canonical_agent_id, decode_report
 from pipeline.errors import ConfigError, DecodeError, PipelineError
-from pipeline.kafka import topics as topic_admin
+from pipeline.kafka.topics import create_topics, diff_topics, require_topics
 from pipeline.listener import Change
 from pipeline.local.demo import DemoOptions, run_demo
 from pipeline.local.simulate import Oracle, reports, send_at_pace
@@ -191,8 +191,8 @@ def produce(
     A line: {"agent_id": UUID, "entries": [{"key": "cpu", "value": "12%"}], "collected_at": RFC 3339, optional}
     """
     settings = _settings()
-    specs = topic_admin.load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
-    topic_admin.require_topics(settings.client_config(), {"events": specs["events"]}, timeout_s=10.0)
+    events = settings.declared_topics()["events"]
+    _run(require_topics(settings.client_config(), {"events": events}))
     with MetadataProducer(settings.client_config(), topic=settings.events_topic) as producer:
         if agents is None:
             counts = _produce_lines(producer)
@@ -307,8 +307,7 @@ def config(as_json: JsonOption = False) -> None:
 def topics_create() -> None:
     """Create the declared topics that the cluster lacks; those it has are left alone."""
     settings = _settings()
-    specs = topic_admin.load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
-    created = topic_admin.create_topics(settings.client_config(), specs)
+    created = create_topics(settings.client_config(), settings.declared_topics())
     print("\n".join(f"created {name}" for name in created) or "all topics exist")
 
 
@@ -316,8 +315,7 @@ def topics_create() -> None:
 def topics_diff(as_json: JsonOption = False) -> None:
     """Show where the cluster's topics differ from their declarations; exit 1 if they do anywhere."""
     settings = _settings()
-    specs = topic_admin.load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
-    differences = topic_admin.diff_topics(settings.client_config(), specs)
+    differences = diff_topics(settings.client_config(), settings.declared_topics())
     if as_json:
         print(msgspec.json.encode(differences).decode())
     for item in () if as_json else differences:

@@ -17,11 +17,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pipeline.cli.console import JsonOption, canonical_agents, command_settings, errors, run_job
 from pipeline.cli.moments import parse_moment
 from pipeline.errors import ConfigError, ServiceUnavailable
-from pipeline.kafka.topics import TopicFacts
+from pipeline.kafka.topics import TopicFacts, require_topics
 from pipeline.postgres.connections import connected
 from pipeline.postgres.migrations import require_schema
 from pipeline.replay.plan import Range, ReplayPlan, load_plan, save_plan
-from pipeline.replay.refill import chunk_reader, find_ranges, refill, replay_store, require_all_topics, wire_replay
+from pipeline.replay.refill import chunk_reader, find_ranges, refill, replay_store, wire_replay
 from pipeline.replay.replay import Filter, Interrupted, Replay, ReplaySource, Summary
 from pipeline.roles.process import tune_garbage_collector
 from pipeline.settings import Settings
@@ -120,7 +120,7 @@ class _Run:
 
     async def run(self, *, rate: float | None, is_notifying: bool) -> None:
         plan = self._plan
-        topic = (await require_all_topics(self._settings))[plan.source]
+        topic = (await require_topics(self._settings.client_config(), self._settings.declared_topics()))[plan.source]
         async with connected(self._settings) as connection:
             await require_schema(connection)
         if plan.topic_id:

@@ -15,10 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.errors import ServiceUnavailable
 from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
-from pipeline.kafka.topics import TopicFacts
+from pipeline.kafka.topics import TopicFacts, require_topics
 from pipeline.postgres.errors import translated_errors
 from pipeline.postgres.store import epoch_is_over, statement
-from pipeline.replay.refill import range_reader, require_all_topics
 from pipeline.settings import Settings
 
 _ANSWER_SECONDS: Final = 10.0
@@ -110,7 +109,7 @@ async def gather_status(
     Raises:
         TopicMismatch, ServiceUnavailable, ConfigError: topics or tables are missing, or a server does not answer.
     """
-    topics = await require_all_topics(settings)
+    topics = await require_topics(settings.client_config(), settings.declared_topics())
     async with translated_errors("reading progress"):
         rows = await connection.fetch(statement("status_progress"), topics["batches"].topic_id)
         epoch = await connection.fetchrow(statement("read_epoch"))
@@ -170,7 +169,7 @@ async def _lags(
     waiting = {number: at for number, at in starts.items() if at < ends[number][1]}
     seconds: Mapping[int, float] = {}
     if waiting:
-        async with range_reader(settings, topic) as reader:
+        async with RangeReader(settings.client_config(), topic.name) as reader:
             seconds = await asyncio.to_thread(_waited, reader, waiting)
     return {number: Lag(max(0, ends[number][1] - at), seconds.get(number, 0.0)) for number, at in starts.items()}
 

@@ -18,10 +18,9 @@ from pipeline.errors import DecodeError
 from pipeline.jobs.status import group_positions
 from pipeline.jobs.why import Carrier, Event, Found, HeldRow
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
-from pipeline.kafka.topics import TopicFacts
+from pipeline.kafka.topics import TopicFacts, require_topics
 from pipeline.postgres.errors import translated_errors
 from pipeline.postgres.store import statement
-from pipeline.replay.refill import nothing_happened, range_reader, require_all_topics
 from pipeline.settings import Settings
 
 # The search goes back from a partition's end in blocks that grow: a live agent's newest report is in the first.
@@ -41,18 +40,18 @@ async def trace(
     Raises:
         TopicMismatch, ServiceUnavailable, ConfigError: topics are missing, or a server does not answer.
     """
-    topics = await require_all_topics(settings)
+    topics = await require_topics(settings.client_config(), settings.declared_topics())
     found = Found(agent_id, key, is_ignoring_undeclared=settings.undeclared == "ignore")
-    async with range_reader(settings, topics["events"]) as reader:
+    async with RangeReader(settings.client_config(), topics["events"].name) as reader:
         search = _Search(agent_id, key, settings.max_clock_skew)
         found.event = await asyncio.to_thread(_newest_event, reader, topics["events"], search, on_searched)
     if found.event is not None:
         number = found.event.partition
         committed = await asyncio.to_thread(group_positions, settings, topics["events"])
         found.committed = committed.get(number, 0)
-        async with range_reader(settings, topics["batches"]) as reader:
+        async with RangeReader(settings.client_config(), topics["batches"].name) as reader:
             found.batch = await asyncio.to_thread(_carrier, reader, topics["events"], found)
-        async with range_reader(settings, topics["dead_letter"]) as reader:
+        async with RangeReader(settings.client_config(), topics["dead_letter"].name) as reader:
             found.dead_letter = await asyncio.to_thread(_dead_letter, reader, topics, found, search)
     # Last, so that what was on its way meanwhile is seen where it arrived.
     async with translated_errors("reading the row"):
@@ -190,7 +189,7 @@ def _dead_letter(reader: RangeReader, topics: dict[str, TopicFacts], found: Foun
 
 def _since(reader: RangeReader, partition: int, moment: datetime) -> Iterator[Any]:
     for wanted in reader.between([partition], round(moment.timestamp() * 1000), None):
-        yield from reader.records(wanted, nothing_happened)
+        yield from reader.records(wanted)
 
 
 def _appended_at(message: Any) -> datetime:

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import ClusterAuthorizationFailedError, KafkaError, TopicAuthorizationFailedError
@@ -23,7 +23,10 @@ _REFUSALS: Final = (TopicAuthorizationFailedError, ClusterAuthorizationFailedErr
 
 
 class ChunkReader:
-    """Reads one range of offsets after another, of one partition each; joins no group and commits nothing."""
+    """Reads one range of offsets after another, of one partition each; joins no group and commits nothing.
+
+    As an async context manager it is started and stopped with the block.
+    """
 
     def __init__(self, servers: Sequence[str], security: Mapping[str, Any], topic: str) -> None:
         """Make a reader; `security` holds AIOKafkaConsumer's arguments of that kind."""
@@ -42,6 +45,13 @@ class ChunkReader:
             # At a partition's end a fetch waits so long for more, and the next partition waits behind it.
             fetch_max_wait_ms=10,
         )
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
 
     async def start(self) -> None:
         """Connect.

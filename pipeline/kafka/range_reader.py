@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
@@ -60,6 +61,12 @@ class RangeReader:
                 "queued.max.messages.kbytes": _BUFFER_KILOBYTES,
             }
         )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -129,7 +136,7 @@ class RangeReader:
             raise ServiceUnavailable(f"Kafka sent no record of {self.topic} for {_SILENCE_SECONDS:g} s; is it up?")
         return records
 
-    def records(self, wanted: OffsetRange, on_read: Callable[[int], None]) -> Iterator[Message]:
+    def records(self, wanted: OffsetRange, on_read: Callable[[int], None] = lambda _: None) -> Iterator[Message]:
         """Open a range and iterate all of its records; `on_read` is told after each read how many there were."""
         self.open(wanted)
         while not self.is_done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import tomllib
 from collections.abc import Mapping
@@ -145,8 +146,8 @@ def diff_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]
     return differences
 
 
-def require_topics(
-    client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec], *, timeout_s: float
+async def require_topics(
+    client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec], *, timeout_s: float = _REQUEST_SECONDS
 ) -> dict[str, TopicFacts]:
     """Check that the topics exist and fit together; return what they are, by role.
 
@@ -154,6 +155,12 @@ def require_topics(
         TopicMismatch: one is missing, or events and batches have unequally many partitions.
         ServiceUnavailable: Kafka did not answer within `timeout_s` seconds, all requests together.
     """
+    return await asyncio.to_thread(_require_topics, client_config, specs, timeout_s)
+
+
+def _require_topics(
+    client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec], timeout_s: float
+) -> dict[str, TopicFacts]:
     deadline = time.monotonic() + timeout_s
     with KafkaAdmin(client_config) as admin:
         cluster = admin.cluster(timeout_s)

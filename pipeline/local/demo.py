@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.live import Live
 
 from pipeline.errors import PipelineError
-from pipeline.kafka.topics import create_topics, delete_topics, load_topic_specs
+from pipeline.kafka.topics import create_topics, delete_topics
 from pipeline.local.services import LocalServices, start_services
 from pipeline.postgres.migrations import migrate
 from pipeline.postgres.store import read_rows
@@ -143,8 +143,7 @@ class _Demo:
 
     async def _prepare(self) -> None:
         settings = self._settings
-        specs = load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
-        await asyncio.to_thread(create_topics, settings.client_config(), specs)
+        await asyncio.to_thread(create_topics, settings.client_config(), settings.declared_topics())
         connection = await asyncpg.connect(self._services.database_url)
         try:
             await connection.execute(f'create schema if not exists "{self._run_id}"')
@@ -160,8 +159,7 @@ class _Demo:
         """Leave nothing in a cluster and a database that others use too."""
         settings = self._settings
         with suppress(PipelineError, OSError, asyncpg.PostgresError):
-            specs = load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
-            await asyncio.to_thread(delete_topics, settings.client_config(), specs)
+            await asyncio.to_thread(delete_topics, settings.client_config(), settings.declared_topics())
             connection = await asyncpg.connect(self._services.database_url)
             await connection.execute(f'drop schema if exists "{self._run_id}" cascade')
             await connection.close()

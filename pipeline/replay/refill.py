@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Final
 
 import structlog
 
@@ -15,7 +14,7 @@ from pipeline.errors import RowRejected
 from pipeline.kafka.chunk_reader import ChunkReader
 from pipeline.kafka.credentials import aiokafka_security
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
-from pipeline.kafka.topics import TopicFacts, load_topic_specs, require_topics
+from pipeline.kafka.topics import TopicFacts, require_topics
 from pipeline.postgres.store import Store
 from pipeline.replay.replay import (
     EVERYTHING,
@@ -30,56 +29,24 @@ from pipeline.replay.replay import (
 )
 from pipeline.settings import Settings
 
-_ANSWER_SECONDS: Final = 10.0
-
 _log = structlog.get_logger(__name__)
-
-
-async def require_all_topics(settings: Settings, timeout_s: float = _ANSWER_SECONDS) -> dict[str, TopicFacts]:
-    """Return what the topics are, by role.
-
-    Raises:
-        TopicMismatch, ServiceUnavailable: one is missing, or Kafka does not answer within `timeout_s`.
-    """
-    specs = load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
-    return await asyncio.to_thread(require_topics, settings.client_config(), specs, timeout_s=timeout_s)
 
 
 def nothing_happened(_: int) -> None:
     """Ignore progress."""
 
 
-@contextlib.asynccontextmanager
-async def range_reader(settings: Settings, topic: TopicFacts) -> AsyncIterator[RangeReader]:
-    """Make a reader of a topic; it is closed with the block, off the event loop."""
-    reader = RangeReader(settings.client_config(), topic.name)
-    try:
-        yield reader
-    finally:
-        await asyncio.to_thread(reader.close)
-
-
 async def find_ranges(
     settings: Settings, topic: TopicFacts, start_ms: int | None = None, end_ms: int | None = None
 ) -> list[OffsetRange]:
     """Find what arrived in a topic in [start_ms, end_ms); see RangeReader.between."""
-    async with range_reader(settings, topic) as reader:
+    async with RangeReader(settings.client_config(), topic.name) as reader:
         return await asyncio.to_thread(reader.between, range(topic.partitions), start_ms, end_ms)
 
 
-@contextlib.asynccontextmanager
-async def chunk_reader(settings: Settings, topic: TopicFacts) -> AsyncIterator[ChunkReader]:
-    """Make a reader of a topic for a replay; it is stopped with the block.
-
-    Raises:
-        ServiceUnavailable: Kafka does not answer.
-    """
-    reader = ChunkReader(settings.kafka_bootstrap_servers.split(","), aiokafka_security(settings), topic.name)
-    await reader.start()
-    try:
-        yield reader
-    finally:
-        await reader.stop()
+def chunk_reader(settings: Settings, topic: TopicFacts) -> ChunkReader:
+    """Make a reader of a topic for a replay."""
+    return ChunkReader(settings.kafka_bootstrap_servers.split(","), aiokafka_security(settings), topic.name)
 
 
 @contextlib.asynccontextmanager
@@ -148,7 +115,7 @@ async def refill(
         TopicMismatch, ServiceUnavailable, ConfigError: Kafka or Postgres is away, or refuses us; nothing was noted.
         Interrupted: it was stopped; nothing was noted.
     """
-    topic = (await require_all_topics(settings))["batches"]
+    topic = (await require_topics(settings.client_config(), settings.declared_topics()))["batches"]
     summary = Summary()
     async with (
         # One connection holds the lock, for as long as Postgres does not crash.

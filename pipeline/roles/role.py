@@ -19,14 +19,14 @@ from pipeline.errors import PipelineError, RowRejected, ServiceUnavailable, Topi
 from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.incarnation import Incarnation
 from pipeline.kafka.publisher import Publisher
-from pipeline.kafka.topics import TopicFacts
+from pipeline.kafka.topics import TopicFacts, require_topics
 from pipeline.monitoring.health import Heartbeat, Outage, exit_when_stuck, serve_health
 from pipeline.monitoring.lag import ANSWER_SECONDS, LagWatch, Position
 from pipeline.monitoring.metrics import ConsumerMetrics, SinkMetrics, WorkerMetrics
 from pipeline.postgres.connections import connected
 from pipeline.postgres.migrations import require_defaults, require_schema
 from pipeline.postgres.store import PartitionId, Received, Store
-from pipeline.replay.refill import refill, require_all_topics
+from pipeline.replay.refill import refill
 from pipeline.roles.process import on_stop_signals, tune_garbage_collector
 from pipeline.settings import SHUTDOWN_SECONDS, Settings
 from pipeline.sink import Sink
@@ -55,7 +55,7 @@ async def run_worker(settings: Settings) -> None:
         ConfigError, ServiceUnavailable: it could not start.
         PipelineError: it failed; nothing unsafe was committed.
     """
-    topics = await require_all_topics(settings, START_TIMEOUT_SECONDS)
+    topics = await require_topics(settings.client_config(), settings.declared_topics(), timeout_s=START_TIMEOUT_SECONDS)
     registry = CollectorRegistry()
     metrics = WorkerMetrics(registry, settings.events_topic)
     publisher = Publisher(settings.client_config())
@@ -125,7 +125,7 @@ async def run_sink(settings: Settings) -> None:
         ConfigError, ServiceUnavailable: it could not start.
         PipelineError: it failed; what it had not applied stays in Kafka.
     """
-    topics = await require_all_topics(settings, START_TIMEOUT_SECONDS)
+    topics = await require_topics(settings.client_config(), settings.declared_topics(), timeout_s=START_TIMEOUT_SECONDS)
     store = await _open_store(settings)
     stop = asyncio.Event()
     failures: list[BaseException] = []
@@ -263,7 +263,11 @@ def wire_sink(
         while True:
             try:
                 # Asked for anew each time: the topic may have been deleted and made anew since.
-                topic_id = (await require_all_topics(settings, START_TIMEOUT_SECONDS))["batches"].topic_id
+                topic_id = (
+                    await require_topics(
+                        settings.client_config(), settings.declared_topics(), timeout_s=START_TIMEOUT_SECONDS
+                    )
+                )["batches"].topic_id
                 return dict(await store.next_offsets(topic_id, partitions))
             except ServiceUnavailable as error:
                 _log.warning("waiting_to_begin", error=str(error))

@@ -19,7 +19,7 @@ import psutil
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import NewPartitions
 
-from pipeline.kafka.topics import create_topics, load_topic_specs
+from pipeline.kafka.topics import create_topics
 from tests.chaos.harness import START_SECONDS, Action, Member, Run, Services
 from tests.chaos.load import POISON
 from tests.support.deployment import eventually
@@ -224,7 +224,7 @@ async def make_topics_anew(run: Run) -> None:
 async def create(run: Run) -> None:
     """Create the topics that are missing."""
     settings = run.deployment.settings
-    specs = load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
+    specs = settings.declared_topics()
     await asyncio.to_thread(create_topics, settings.client_config(), specs)
 
 

@@ -22,7 +22,7 @@ import asyncpg
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from pipeline.kafka.topics import TopicFacts, load_topic_specs, require_topics
+from pipeline.kafka.topics import TopicFacts, require_topics
 from pipeline.local import PackagedKafka, PackagedPostgres
 from tests.chaos.load import Load, LoadShape, Table
 from tests.support.deployment import Deployment, eventually
@@ -339,8 +339,8 @@ class Run:
 
     def topics(self) -> dict[str, TopicFacts]:
         settings = self.deployment.settings
-        specs = load_topic_specs(names=settings.topic_names, partitions=settings.partitions)
-        return require_topics(settings.client_config(), specs, timeout_s=10)
+        specs = settings.declared_topics()
+        return asyncio.run(require_topics(settings.client_config(), specs))
 
     def ends(self, topic: str) -> dict[int, int]:
         """Where each partition of a topic ends now."""

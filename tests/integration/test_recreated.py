@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from pipeline.kafka.topics import create_topics, delete_topics, load_topic_specs
+from pipeline.kafka.topics import create_topics, delete_topics
 from tests.support.deployment import DEADLINE_SECONDS, consume_all, eventually
 
 pytestmark = pytest.mark.services
@@ -25,7 +25,7 @@ def report(pipeline, count, expected):
 
 
 async def make_anew(pipeline, role):
-    spec = load_topic_specs(names=pipeline.settings.topic_names, partitions=pipeline.settings.partitions)[role]
+    spec = pipeline.settings.declared_topics()[role]
     await asyncio.to_thread(delete_topics, pipeline.settings.client_config(), {role: spec})
     # Until the deletion is through, Kafka may still have the old one.
     create = [create_topics, pipeline.settings.client_config(), {role: spec}]

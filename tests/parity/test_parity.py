@@ -88,7 +88,7 @@ class Batcher:
             "insert into workspace_agent_metadata (workspace_agent_id, key) values ($1, $2)", declared
         )
         specs = load_topic_specs(names=settings.topic_names)
-        topics = require_topics(settings.client_config(), specs, timeout_s=10)
+        topics = await require_topics(settings.client_config(), specs, timeout_s=10)
         publisher = Publisher(settings.client_config())
         self._stack.push_async_callback(publisher.close, 5)
         store = await Store.connect(

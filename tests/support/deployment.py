@@ -21,7 +21,7 @@ from urllib.request import urlopen
 
 import asyncpg
 
-from pipeline.kafka.topics import create_topics, load_topic_specs
+from pipeline.kafka.topics import create_topics
 from pipeline.postgres.migrations import migrate
 from pipeline.producer import MetadataProducer
 from pipeline.settings import Settings
@@ -85,7 +85,7 @@ class Deployment:
         self._processes: list[subprocess.Popen[Any]] = []
 
     async def prepare(self, topic_configs: Mapping[str, dict[str, str]] = MappingProxyType({})) -> None:
-        specs = load_topic_specs(names=self.settings.topic_names, partitions=self.settings.partitions)
+        specs = self.settings.declared_topics()
         for role, config in topic_configs.items():
             specs[role] = dataclasses.replace(specs[role], config={**specs[role].config, **config})
         create_topics(self.settings.client_config(), specs)

@@ -1,5 +1,6 @@
 """Topics as code, against a real Kafka and against the embedded broker."""
 
+import asyncio
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +74,7 @@ def add_partitions(kafka, topic, total):
 def test_create_makes_topics_exactly_as_declared(kafka, specs):
     assert set(create_topics(kafka, specs)) == names_of(specs)
     assert diff_topics(kafka, specs) == []
-    facts = require_topics(kafka, specs, timeout_s=10)
+    facts = asyncio.run(require_topics(kafka, specs, timeout_s=10))
     assert {role: found.partitions for role, found in facts.items()} == {"events": 3, "batches": 3, "dead_letter": 1}
 
 
@@ -116,7 +117,7 @@ def test_diff_finds_another_number_of_partitions(kafka, specs):
 def test_require_missing_topics_names_them_and_the_command(kafka, specs):
     create_topics(kafka, {"events": specs["events"]})
     with pytest.raises(TopicMismatch, match="agent-metadata topics create") as caught:
-        require_topics(kafka, specs, timeout_s=10)
+        asyncio.run(require_topics(kafka, specs, timeout_s=10))
     assert specs["batches"].name in str(caught.value)
     assert specs["events"].name not in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -126,16 +127,16 @@ def test_require_unequal_partitions_is_refused(kafka, specs):
     create_topics(kafka, specs)
     add_partitions(kafka, specs["events"].name, 5)
     with pytest.raises(TopicMismatch, match=r"has 5 partitions and .* has 3"):
-        require_topics(kafka, specs, timeout_s=10)
+        asyncio.run(require_topics(kafka, specs, timeout_s=10))
 
 
 def test_topic_made_anew_has_another_id(kafka, specs):
     create_topics(kafka, specs)
-    before = require_topics(kafka, specs, timeout_s=10)
-    assert require_topics(kafka, specs, timeout_s=10) == before
+    before = asyncio.run(require_topics(kafka, specs, timeout_s=10))
+    assert asyncio.run(require_topics(kafka, specs, timeout_s=10)) == before
     delete_topics(kafka, {"events": specs["events"]})
     create_anew(kafka, specs["events"])
-    after = require_topics(kafka, specs, timeout_s=10)
+    after = asyncio.run(require_topics(kafka, specs, timeout_s=10))
     assert after["events"].topic_id != before["events"].topic_id
     assert after["batches"] == before["batches"]
 
@@ -155,7 +156,7 @@ def test_delete_of_topics_that_do_not_exist_is_fine(kafka, specs):
 def test_kafka_away_is_unavailable_within_the_timeout_and_quiet(specs, capfd):
     began = time.monotonic()
     with pytest.raises(ServiceUnavailable, match=r"Kafka at 127\.0\.0\.1:1 can't be reached: .*refused") as caught:
-        require_topics(NOBODY, specs, timeout_s=1)
+        asyncio.run(require_topics(NOBODY, specs, timeout_s=1))
     assert time.monotonic() - began < 3
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
@@ -168,7 +169,7 @@ def test_embedded_broker_makes_the_topics_it_is_asked_for(embedded, specs):
 
 def test_embedded_broker_has_names_for_ids(embedded, specs):
     create_topics(embedded, specs)
-    facts = require_topics(embedded, specs, timeout_s=10)
+    facts = asyncio.run(require_topics(embedded, specs, timeout_s=10))
     assert {role: found.topic_id for role, found in facts.items()} == {
         role: f"name:{spec.name}" for role, spec in specs.items()
     }
