@@ -28,7 +28,7 @@ from pipeline.kafka.topics import load_topic_specs, require_topics
 from pipeline.local import start_services
 from pipeline.postgres.migrations import migrate
 from pipeline.postgres.store import statement
-from pipeline.roles.role import SINK_CONNECTIONS
+from pipeline.roles.sink import SINK_CONNECTIONS
 
 AGENTS, KEYS, BATCH_SIZE = 20_000, 10, 500
 RUNS = 5

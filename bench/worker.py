@@ -78,6 +78,8 @@ def ours(topic: str, servers: str, entries: int, entries_a_report: int, batches:
     from prometheus_client import CollectorRegistry
 
     from pipeline.clock import SystemClock
+    from pipeline.kafka.dead_letters import DeadLetterWriter
+    from pipeline.kafka.incarnation import Incarnation
     from pipeline.kafka.publisher import Publisher
     from pipeline.monitoring.metrics import WorkerMetrics
     from pipeline.roles.process import tune_garbage_collector
@@ -95,21 +97,23 @@ def ours(topic: str, servers: str, entries: int, entries_a_report: int, batches:
         registry = CollectorRegistry()
         publisher = Publisher(settings.client_config())
 
-        async def no_dead_letters(*_: Any) -> Any:
-            raise AssertionError("no record of the benchmark is bad")
-
-        async def events_topic_id() -> str:
+        async def topic_id() -> str:
             return "bench"
 
+        metrics = WorkerMetrics(registry)
         worker = Worker(
             settings,
-            send=publisher.send,
-            dead_letter=no_dead_letters,
-            events_topic_id=events_topic_id,
+            publisher=publisher,
+            dead_letters=DeadLetterWriter(publisher, "none", stage="worker", source_topic=topic),  # no record is bad
+            incarnation=Incarnation(topic, topic_id),
             partitions=harness.PARTITIONS,
             clock=SystemClock(),
-            metrics=WorkerMetrics(registry),
+            metrics=metrics,
         )
+
+        def folded_records() -> float:
+            return float(next(iter(metrics.records.collect())).samples[0].value)
+
         started: list[float] = []
 
         async def assigned(*_: Any, **__: Any) -> None:
@@ -119,7 +123,7 @@ def ours(topic: str, servers: str, entries: int, entries_a_report: int, batches:
         tune_garbage_collector()
 
         async def stop_at_the_end() -> None:
-            while worker.folded_records < entries / entries_a_report:
+            while folded_records() < entries / entries_a_report:
                 await asyncio.sleep(0.002)
             worker.stop()
 

@@ -29,9 +29,10 @@ from pipeline.monitoring.logs import configure_logging
 from pipeline.postgres.connections import connected, listener, require_sessions
 from pipeline.postgres.migrations import migrate, migration_status
 from pipeline.producer import MetadataProducer
-from pipeline.roles.role import run_sink, run_worker
 from pipeline.roles.serve import run_serve
+from pipeline.roles.sink import run_sink
 from pipeline.roles.supervisor import Supervisor
+from pipeline.roles.worker import run_worker
 from pipeline.settings import Settings, describe_settings
 
 app = typer.Typer(

@@ -1,16 +1,19 @@
-"""Which incarnation of a topic is there now, by Kafka's id of it: a topic made anew has another one."""
+"""Which incarnation of a topic exists now, by Kafka's topic id: a recreated topic has another one."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, Self
 
 import structlog
 
 from pipeline.errors import ServiceUnavailable
+from pipeline.kafka.admin import KafkaAdmin
+from pipeline.kafka.topics import TopicFacts
 
-# How soon a question is asked again that Kafka has not answered.
+_ANSWER_SECONDS: Final = 8.0
+# Pause before a request that Kafka did not answer is repeated.
 _RETRY_SECONDS: Final = 1.0
 
 _log = structlog.get_logger(__name__)
@@ -25,11 +28,20 @@ class Incarnation:
         self._asking: asyncio.Task[str | None] | None = None
         self._next: asyncio.Task[str | None] | None = None
 
-    async def topic_id(self) -> str | None:
-        """Return the topic's id now, waiting while Kafka is away; None: there is no such topic.
+    @classmethod
+    def of(cls, topic: TopicFacts, admin: KafkaAdmin) -> Self:
+        """Make one that asks `admin`, or remembers the id of an embedded broker's topic, as it deletes none."""
 
-        Guarantee: Kafka is asked after this call. So what was read before it is of the incarnation in the answer, or of
-        an earlier one. All who call meanwhile share the next question.
+        async def ask() -> str | None:
+            return topic.topic_id if topic.is_embedded else await admin.topic_id(topic.name, _ANSWER_SECONDS)
+
+        return cls(topic.name, ask)
+
+    async def topic_id(self) -> str | None:
+        """Return the topic's id now, waiting while Kafka is unavailable; None: there is no such topic.
+
+        Guarantee: Kafka is asked after this call began. So what was read before it is of the incarnation in the answer,
+        or of an earlier one. Concurrent calls share the next request.
         """
         if self._next is None:
             self._next = asyncio.create_task(self._ask_after(self._asking))

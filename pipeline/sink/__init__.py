@@ -4,6 +4,9 @@ A batch has its effect once because rows, NOTIFY and progress are one transactio
 it, are for lag tools only.
 """
 
+from pipeline.sink.batches_topic import BatchesTopic
+from pipeline.sink.consumer import BatchConsumer
 from pipeline.sink.sink import Sink
+from pipeline.sink.table_watch import TableWatch
 
-__all__ = ["Sink"]
+__all__ = ["BatchConsumer", "BatchesTopic", "Sink", "TableWatch"]

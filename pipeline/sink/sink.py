@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Final
 
 import structlog
 import tenacity
+from confluent_kafka import Message
 
 from pipeline.core.batch import Row, decode_batch
 from pipeline.errors import ConfigError, DecodeError, ProgressGap, RowRejected, ServiceUnavailable
+from pipeline.kafka.dead_letters import DeadLetterWriter
+from pipeline.kafka.records import as_record
 from pipeline.monitoring.lag import Position
 from pipeline.monitoring.metrics import SinkMetrics
+from pipeline.postgres.store import Applied, Received
+from pipeline.sink.batches_topic import BatchesTopic
+from pipeline.sink.consumer import BatchConsumer, buffered_bytes
 
 # Waiting batches are merged up to this many entries a transaction: enough for dedup after an outage, and short
 # enough, at some 100,000 rows a second, to keep locks brief.
@@ -27,57 +34,32 @@ _DRAIN_POLL_SECONDS: Final = 0.02
 _log = structlog.get_logger(__name__)
 
 
-class Message(Protocol):
-    """What the sink reads of a Kafka record."""
-
-    def offset(self) -> int: ...  # noqa: D102
-    def value(self) -> bytes | None: ...  # noqa: D102
-    def timestamp(self) -> tuple[int, int]: ...  # noqa: D102  # its type, milliseconds since the epoch
-
-
-class BatchSource(Protocol):
-    """What the sink asks of the consumer."""
-
-    def release(self, size_bytes: int) -> None: ...  # noqa: D102
-    def commit(self, partition: int, offset: int) -> None: ...  # noqa: D102
-    def positions(self) -> Mapping[int, Position]: ...  # noqa: D102
-    async def seek(self, partition: int, offset: int) -> None: ...  # noqa: D102
-    async def earliest(self, partition: int) -> int: ...  # noqa: D102
-
-
-# Both send, and return what is done when Kafka has it.
-DeadLetterRecord = Callable[[Any, str], Awaitable[Awaitable[None]]]
-DeadLetterRow = Callable[[int, Row, RowRejected], Awaitable[Awaitable[None]]]
-Apply = Callable[..., Awaitable[Any]]
-
-
 class Sink:
-    """One writer task a partition, so that partitions don't wait for each other.
-
-    `apply(partition, received, reject, earliest=...)` is the store's.
-    """
+    """One writer task a partition, so that partitions don't wait for each other."""
 
     def __init__(
         self,
         *,
-        source: BatchSource,
-        apply: Apply,
-        dead_letter_record: DeadLetterRecord,
-        dead_letter_row: DeadLetterRow,
+        consumer: BatchConsumer,
+        topic: BatchesTopic,
+        dead_letters: DeadLetterWriter,
         metrics: SinkMetrics,
         on_failure: Callable[[BaseException], None],
     ) -> None:
-        self._source = source
-        self._apply = apply
-        self._dead_letter_record = dead_letter_record
-        self._dead_letter_row = dead_letter_row
+        self._consumer = consumer
+        self._topic = topic
+        self._dead_letters = dead_letters
         self._metrics = metrics
         self._on_failure = on_failure
-        self._waiting: dict[int, deque[Any]] = {}
+        self._waiting: dict[int, deque[Message]] = {}
         self._arrived: dict[int, asyncio.Event] = {}
         self._writers: dict[int, asyncio.Task[None]] = {}
         self._applied: dict[int, int] = {}
         self._held_since: float | None = None
+
+    def start(self) -> asyncio.Task[None]:
+        """Start consuming; see BatchConsumer.start for the task."""
+        return self._consumer.start(self.take, self.lose)
 
     @property
     def is_holding(self) -> bool:
@@ -91,7 +73,7 @@ class Sink:
 
     def positions(self) -> Mapping[int, Position]:
         """Return how far each partition that the consumer owns now is applied."""
-        positions = dict(self._source.positions())
+        positions = dict(self._consumer.positions())
         for partition, waiting in self._waiting.items():
             if waiting and partition in positions:
                 first = waiting[0]
@@ -99,7 +81,7 @@ class Sink:
                 positions[partition] = Position(first.offset(), positions[partition].reached, appended_at)
         return positions
 
-    def take(self, partition: int, messages: Sequence[Any]) -> None:
+    def take(self, partition: int, messages: Sequence[Message]) -> None:
         """Queue records of a partition, in offset order."""
         if partition not in self._writers:
             self._waiting[partition] = deque()
@@ -118,20 +100,25 @@ class Sink:
             if (writer := self._writers.pop(partition, None)) is not None:
                 writer.cancel()
                 self._applied.pop(partition, None)
-                self._source.release(buffered_bytes(self._waiting.pop(partition)))
+                self._consumer.release(buffered_bytes(self._waiting.pop(partition)))
                 del self._arrived[partition]
 
-    async def drain(self, ends: Mapping[int, int], timeout_seconds: float) -> bool:
-        """Wait until everything before `ends` (by partition) is applied; false if that takes too long.
+    async def drain(self, timeout_seconds: float) -> bool:
+        """Wait until everything that Kafka holds at this moment is applied; false if that takes too long.
 
-        What is left stays in Kafka. While Postgres is away, or once a writer has failed, there is nothing to wait for.
+        What is left stays in Kafka. While Postgres is down, or once a writer has failed, there is nothing to wait for.
         """
         deadline = time.monotonic() + timeout_seconds
+        try:
+            ends = await self._consumer.ends()
+        except ServiceUnavailable as error:
+            _log.warning("batches_left_unapplied", why=str(error), advice="they wait in Kafka for the next start")
+            return False
         while any(self._applied.get(partition, 0) < end for partition, end in ends.items()):
             if any(writer.done() for writer in self._writers.values()):
                 return False
             if self.is_holding or time.monotonic() > deadline:
-                why = "Postgres is away" if self.is_holding else f"not all was applied within {timeout_seconds:g} s"
+                why = "Postgres is down" if self.is_holding else f"not all was applied within {timeout_seconds:g} s"
                 _log.warning("batches_left_unapplied", why=why, advice="they wait in Kafka for the next start")
                 return False
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
@@ -141,15 +128,15 @@ class Sink:
         waiting, arrived = self._waiting[partition], self._arrived[partition]
         while True:
             await arrived.wait()
-            messages, received = await self._next(waiting)
+            messages, received = await self._next(partition)
             started = time.perf_counter()
             try:
                 applied = await self._apply_when_possible(partition, received)
             except ProgressGap as gap:
                 _log.warning("records_skipped_going_back", partition=partition, expected=gap.expected)
-                self._source.release(buffered_bytes(waiting))
+                self._consumer.release(buffered_bytes(waiting))
                 waiting.clear()
-                await self._source.seek(partition, gap.expected)
+                await self._consumer.seek(partition, gap.expected)
                 self._drop_beyond(waiting, gap.expected)
                 if not waiting:
                     arrived.clear()
@@ -159,67 +146,64 @@ class Sink:
                 waiting.popleft()
             if not waiting:
                 arrived.clear()
-            self._source.release(buffered_bytes(messages))
+            self._consumer.release(buffered_bytes(messages))
             self._applied[partition] = messages[-1].offset() + 1
-            self._source.commit(partition, messages[-1].offset() + 1)
+            self._consumer.commit(partition, messages[-1].offset() + 1)
 
-    def _drop_beyond(self, waiting: deque[Any], expected: int) -> None:
+    def _drop_beyond(self, waiting: deque[Message], expected: int) -> None:
         """Drop what arrived before the consumer had gone back: it comes again, behind what is missing."""
         while waiting and waiting[0].offset() > expected:
-            self._source.release(buffered_bytes([waiting.popleft()]))
+            self._consumer.release(buffered_bytes([waiting.popleft()]))
 
-    async def _apply_when_possible(self, partition: int, received: Sequence[tuple[int, Any]]) -> Any:
+    async def _apply_when_possible(self, partition: int, received: Sequence[Received]) -> Applied:
         """Apply, waiting out any outage.
 
         Raises:
             ProgressGap: records before these are missing although Kafka still has them.
         """
         retrying = tenacity.AsyncRetrying(
-            # ConfigError: a password or a right that was taken away while this ran is given back, or is not, by
-            # somebody who sees that batches are held back; ending would change nothing.
+            # ConfigError: a password or a right was revoked while this ran; an operator may restore it, and exiting
+            # would not help.
             retry=tenacity.retry_if_exception_type((ServiceUnavailable, ConfigError)),
             wait=tenacity.wait_random_exponential(_FIRST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS),
             before_sleep=self._hold,
             reraise=True,
         )
+        reject = partial(self._reject, partition)
         earliest = 0
         while True:
             try:
-                applied: Any = await retrying(
-                    self._apply, partition, received, self._rejecting(partition), earliest=earliest
-                )
+                applied: Applied = await retrying(self._topic.apply, partition, received, reject, earliest=earliest)
             except ProgressGap as gap:
-                earliest = await retrying(self._source.earliest, partition)
+                earliest = await retrying(self._consumer.earliest, partition)
                 if earliest <= gap.expected:
                     raise
             else:
                 self._resume()
                 return applied
 
-    async def _next(self, waiting: deque[Any]) -> tuple[list[Any], list[tuple[int, Any]]]:
+    async def _next(self, partition: int) -> tuple[list[Message], list[Received]]:
         """Decode as many waiting records as go into one transaction; they stay in `waiting` until it is done."""
         messages, received, entries, acknowledgements = [], [], 0, []
-        for message in tuple(waiting):
+        for message in tuple(self._waiting[partition]):
             try:
                 batch = decode_batch(message.value())
             except DecodeError as error:
-                acknowledgements.append(await self._dead_letter_record(message, str(error)))
+                dead = await self._dead_letters.write_record(partition, as_record(message), str(error))
+                acknowledgements.append(dead)
                 self._metrics.dead_letters.labels("undecodable").inc()
                 batch = None
             messages.append(message)
-            received.append((message.offset(), batch))
+            received.append(Received(message.offset(), batch))
             entries += len(batch.agent_ids) if batch else 0
             if entries >= MAX_ENTRIES_PER_TRANSACTION:
                 break
         await asyncio.gather(*acknowledgements)
         return messages, received
 
-    def _rejecting(self, partition: int) -> Callable[[Row, RowRejected], Awaitable[Awaitable[None]]]:
-        async def reject(row: Row, error: RowRejected) -> Awaitable[None]:
-            _log.warning("row_rejected", agent_id=row.agent_id, sqlstate=error.sqlstate)
-            return await self._dead_letter_row(partition, row, error)
-
-        return reject
+    async def _reject(self, partition: int, row: Row, error: RowRejected) -> Awaitable[None]:
+        _log.warning("row_rejected", agent_id=row.agent_id, sqlstate=error.sqlstate)
+        return await self._dead_letters.write_row(partition, row, error)
 
     def _hold(self, state: tenacity.RetryCallState) -> None:
         self._metrics.failed_flushes.inc()
@@ -234,7 +218,7 @@ class Sink:
             self._held_since = None
             _log.info("writing_again")
 
-    def _observe(self, applied: Any, seconds: float) -> None:
+    def _observe(self, applied: Applied, seconds: float) -> None:
         metrics, now = self._metrics, time.time()
         for batch in applied.batches:
             metrics.batches.labels(batch.reason).inc()
@@ -258,8 +242,3 @@ class Sink:
     def _report_failure(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_failure(error)
-
-
-def buffered_bytes(messages: Iterable[Any]) -> int:
-    """Return how much of the consumer's buffer records take."""
-    return sum(len(message.value() or b"") for message in messages)

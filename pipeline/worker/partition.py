@@ -1,62 +1,71 @@
-"""One source partition in the worker: fold chunks, close windows on time, hand them on in order."""
+"""One source partition in the worker: chunks in order, the open window, and closed windows until Kafka has them."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Protocol
+from typing import Final
+
+import structlog
+from faust.types import TP
 
 from pipeline.clock import Clock
 from pipeline.core.batch import Reason
-from pipeline.core.window import ClosedWindow, Record
+from pipeline.core.report import PARSE_ERRORS, parse_report, timestamp_us
+from pipeline.core.tumbling import TumblingWindows
+from pipeline.core.window import ClosedWindow, OpenWindow, Record
+from pipeline.errors import TopicMismatch
+from pipeline.kafka.chunks import Chunk
+from pipeline.monitoring.lag import Position
+from pipeline.monitoring.metrics import WorkerMetrics
+from pipeline.worker.transport import ChunkConsumer
 
 # Closed windows that may wait for Kafka's acknowledgement before the partition takes no more records; with the
 # open one this bounds a partition's memory to about four times its window capacity. Behind large rejected records
 # none waits: records of several MB would fill the memory.
 MAX_WAITING: Final = 2
 
-
-class Windows(Protocol):
-    """The latest-wins table, as a partition uses it."""
-
-    def full_end(self, now: float) -> float: ...  # noqa: D102  # see LatestTable
-    def aligned_end(self, partition: int, now: float) -> float: ...  # noqa: D102
-    def open(self, partition: int, now: float) -> object: ...  # noqa: D102
-    def fold(self, partition: int, records: Sequence[Record], start: int) -> int: ...  # noqa: D102
-    def is_full(self, partition: int) -> bool: ...  # noqa: D102
-    def close(self, partition: int, reason: Reason, now: float) -> ClosedWindow: ...  # noqa: D102
-    def drop(self, partition: int) -> None: ...  # noqa: D102
+_log = structlog.get_logger(__name__)
 
 
 class SourcePartition:
-    """Owns one partition's windows from assignment to revocation.
+    """Owns one partition of the events topic from assignment to revocation.
 
-    Guarantee: closed windows are delivered one at a time, in the order in which they closed; `deliver` returns only
-    when a window is safe in Kafka. If it raises, `on_failure` gets the error and nothing more is delivered.
+    Guarantees: records are folded in offset order and each once, whatever Faust delivers. Closed windows are delivered
+    one at a time, in the order in which they closed; `deliver` returns only when a window is safe in Kafka. If it
+    raises, `on_failure` gets the error and nothing more is delivered.
     """
 
     def __init__(
         self,
-        number: int,
+        tp: TP,
         *,
-        windows: Windows,
+        consumer: ChunkConsumer,
+        backlog_end: int,
+        windows: TumblingWindows,
         clock: Clock,
+        metrics: WorkerMetrics,
         deliver: Callable[[int, ClosedWindow], Awaitable[None]],
         on_failure: Callable[[BaseException], None],
     ) -> None:
-        self.number = number
-        self.next_offset: int | None = None  # the caller's: where the next chunk has to begin; None: not known yet
-        self.appended_at = 0.0  # the caller's: when the last record before that was, in seconds since the Unix epoch
+        """Start; everything before `backlog_end` was in the topic already, and is delivered as soon as it is read."""
+        self._tp = tp
+        self._consumer = consumer
+        self._backlog_end: int | None = backlog_end
         self._windows = windows
         self._clock = clock
+        self._metrics = metrics
         self._deliver = deliver
         self._on_failure = on_failure
-        self._waiting: deque[ClosedWindow] = deque()
+        self._next_offset: int | None = None  # None: nothing read yet
+        self._appended_at = 0.0
+        self._known_agents: dict[str, str] = {}
+        self._closed: deque[ClosedWindow] = deque()  # not acknowledged by Kafka yet
         self._changed = asyncio.Condition()
         self._is_ending = False
         now = clock.now()
-        windows.open(number, now)
+        self.window: OpenWindow = windows.open(now, self._known_agents)
         self._end = windows.full_end(now)
         self._flushing = asyncio.create_task(self._flush())
         self._tasks = [asyncio.create_task(self._close_by_clock()), self._flushing]
@@ -66,33 +75,50 @@ class SourcePartition:
     @property
     def is_held(self) -> bool:
         """Tell whether it takes no records now, because closed windows wait for Kafka's acknowledgement."""
-        return len(self._waiting) > MAX_WAITING
+        return len(self._closed) > MAX_WAITING
 
     @property
     def unacknowledged_since(self) -> float | None:
         """When the oldest window closed that Kafka has not acknowledged yet, by this partition's clock."""
-        waiting = tuple(self._waiting)  # a scrape asks from another thread
-        return waiting[0].end if waiting else None
+        closed = tuple(self._closed)  # a scrape reads it from another thread
+        return closed[0].end if closed else None
 
-    async def take(self, records: Sequence[Record]) -> None:
-        """Fold consecutive records; waits while too many closed windows are not yet safe."""
-        index = 0
-        while index < len(records) and not self._is_ending:
-            index = self._windows.fold(self.number, records, index)
-            if self._windows.is_full(self.number):
-                self._end = self._windows.full_end(self._clock.now())
-                await self._close("capacity")
+    @property
+    def position(self) -> Position:
+        """How far the partition is folded."""
+        next_offset = self._expected_offset() or 0
+        return Position(next_offset, next_offset, self._appended_at)
 
-    async def close_caught_up(self) -> None:
-        """Close the open window before its time: what waited in the topic has waited long enough."""
-        if self._is_ending:
-            return  # the window of this number may be another owner's by now
-        self._end = self._windows.aligned_end(self.number, self._clock.now())
-        await self._close("scheduled")
+    async def take(self, chunk: Chunk) -> None:
+        """Fold a chunk, unless an earlier one is missing before it; waits while too many windows are not safe yet.
+
+        Raises:
+            TopicMismatch: the topic was deleted and recreated; a new start reads it from its beginning.
+        """
+        expected = self._expected_offset()
+        if expected is not None and chunk.start != expected:
+            successor = await self._reconcile(expected, chunk)
+            if successor is None:
+                return
+            chunk = successor
+        last: Record | None = None
+        for records in chunk.slices():
+            await self._fold(records)
+            self._metrics.records.inc(len(records))
+            last = records[-1]
+        self._next_offset = chunk.next_offset
+        if last is not None:
+            self._appended_at = last.timestamp / 1000
+            self._observe_produced(last)
+        if self._backlog_end is not None and chunk.next_offset >= self._backlog_end:
+            has_read_backlog = chunk.start < self._backlog_end
+            self._backlog_end = None
+            if has_read_backlog:
+                await self._close_caught_up()
 
     async def finish(self, reason: Reason) -> None:
         """Take no more records, close the open window, and return when everything is delivered, or can't be."""
-        await self._end_taking()
+        await self._stop_taking()
         await self._close(reason)
         delivered = asyncio.create_task(self._until_delivered())
         try:
@@ -102,29 +128,74 @@ class SourcePartition:
 
     async def abandon(self) -> None:
         """Stop at once; what was not delivered was not committed either, and will be read again."""
-        await self._end_taking()
+        await self._stop_taking()
         for task in self._tasks:
             task.cancel()
-        self._windows.drop(self.number)
 
-    async def _until_delivered(self) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._waiting)
+    def _expected_offset(self) -> int | None:
+        """Return where the next chunk has to begin; None while it is not known."""
+        return self._next_offset if self._next_offset is not None else self._consumer.committed_offset(self._tp)
 
-    async def _end_taking(self) -> None:
-        self._is_ending = True
-        async with self._changed:
-            self._changed.notify_all()
+    async def _reconcile(self, expected: int, chunk: Chunk) -> Chunk | None:
+        """Make a chunk follow the one before it; None if it is to be skipped.
+
+        Raises:
+            TopicMismatch: the chunk is of a recreated topic.
+        """
+        if chunk.start < expected:  # after a seek back, or of another topic of the same name
+            if self._consumer.highwater(self._tp) < expected:
+                raise TopicMismatch(f"{self._tp.topic} was recreated while this worker read it: start it again")
+            return chunk._replace(start=expected) if chunk.next_offset > expected else None
+        earliest = (await self._consumer.earliest_offsets(self._tp))[self._tp]
+        if earliest <= expected:
+            _log.warning("chunk_skipped_going_back", partition=self._tp.partition, expected=expected, got=chunk.start)
+            await self._consumer.seek(self._tp, expected)
+            return None
+        self._metrics.lost_records.inc(earliest - expected)
+        _log.warning(
+            "records_lost_to_retention",
+            partition=self._tp.partition,
+            count=earliest - expected,
+            advice="lengthen the events topic's retention.ms or add workers",
+        )
+        return chunk
+
+    async def _fold(self, records: Sequence[Record]) -> None:
+        index = 0
+        while index < len(records) and not self._is_ending:
+            index = self.window.fold(records, index)
+            if self.window.is_full:
+                self._end = self._windows.full_end(self._clock.now())
+                await self._close("capacity")
+
+    def _observe_produced(self, record: Record) -> None:
+        """Sample how old a report was when Kafka had it: one a chunk, as the fold has no time for more."""
+        try:
+            collected_at = parse_report(record.value or b"").collected_at
+        except PARSE_ERRORS:
+            return
+        if collected_at is not None:
+            collected_at_s = timestamp_us(collected_at) / 1e6
+            self._metrics.freshness.observe("produced", collected_at=collected_at_s, at=record.timestamp / 1000)
+
+    async def _close_caught_up(self) -> None:
+        """Close the open window before its time: what waited in the topic has waited long enough."""
+        if self._is_ending:
+            return
+        self._end = self._windows.aligned_end(self._tp.partition, self._clock.now())
+        await self._close("scheduled")
 
     async def _close(self, reason: Reason) -> None:
-        closed = self._windows.close(self.number, reason, self._clock.now())
+        now = self._clock.now()
+        closed = self.window.close(reason, now)
+        self.window = self._windows.open(now, self._known_agents)
         if closed.last < closed.first:
             return
-        self._waiting.append(closed)
+        self._closed.append(closed)
         most = 0 if closed.is_heavy else MAX_WAITING
         async with self._changed:
             self._changed.notify_all()
-            await self._changed.wait_for(lambda: len(self._waiting) <= most or self._is_ending)
+            await self._changed.wait_for(lambda: len(self._closed) <= most or self._is_ending)
 
     async def _close_by_clock(self) -> None:
         while not self._is_ending:
@@ -132,17 +203,26 @@ class SourcePartition:
             await self._clock.sleep_until(end)
             # An early close moves the end; a sleep may wake a hair early.
             if end == self._end and self._clock.now() >= end and not self._is_ending:
-                self._end = self._windows.aligned_end(self.number, self._clock.now())
+                self._end = self._windows.aligned_end(self._tp.partition, self._clock.now())
                 await self._close("scheduled")
 
     async def _flush(self) -> None:
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._waiting)
-            await self._deliver(self.number, self._waiting[0])
-            self._waiting.popleft()
+                await self._changed.wait_for(lambda: self._closed)
+            await self._deliver(self._tp.partition, self._closed[0])
+            self._closed.popleft()
             async with self._changed:
                 self._changed.notify_all()
+
+    async def _until_delivered(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._closed)
+
+    async def _stop_taking(self) -> None:
+        self._is_ending = True
+        async with self._changed:
+            self._changed.notify_all()
 
     def _report_failure(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -33,14 +33,14 @@ class ChunkConsumerThread(driver.AIOKafkaConsumerThread):
         await super().on_start()
         fetch_in_chunks(self._ensure_consumer())
 
-    # What follows is to be called in this thread.
+    # The methods below run in this thread.
 
     async def check_errors(self) -> None:
         """Raise the error that keeps aiokafka out of its group: it waits to be asked, which Faust never does."""
         self._ensure_consumer()._coordinator.check_errors()
 
     async def commit_for(self, topic_id: str, offsets: Mapping[TP, int]) -> bool:
-        """Commit offsets with a note of the topic's id; false if a rebalance has taken a partition away meanwhile."""
+        """Commit offsets with a note of the topic's id; false if a rebalance has revoked a partition meanwhile."""
         note = _NOTE + topic_id
         noted = {driver.ensure_aiokafka_TP(tp): OffsetAndMetadata(at, note) for tp, at in offsets.items()}
         try:
@@ -66,15 +66,15 @@ class ChunkConsumerThread(driver.AIOKafkaConsumerThread):
             for tp, offset in begins.items():
                 consumer.seek(tp, offset)
         except IllegalStateError:
-            return {}  # taken away meanwhile: the next assignment seeks anew
+            return {}  # revoked meanwhile: the next assignment seeks again
         return {TP(*tp): offset for tp, offset in begins.items()}
 
 
 class _ForgetfulOffsets(dict[TP, int]):
     """Stands in for the offsets below which Faust drops a message: it remembers none.
 
-    Faust writes down a message's offset after it has handed it on, over what a seek has set meanwhile, and would drop
-    what is read again. The worker compares offsets itself.
+    Faust notes a message's offset only after it has delivered the message, which may overwrite what a seek has set, and
+    would then drop what is read again. SourcePartition compares offsets itself.
     """
 
     def __missing__(self, tp: TP) -> None:
@@ -93,7 +93,7 @@ class ChunkConsumer(driver.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._read_offset = _ForgetfulOffsets()
-        self.topic_id = ""  # of the topic that partitions are taken up of; the worker's to set, before they are
+        self.topic_id = ""  # of the events topic; the worker sets it before it starts on partitions
 
     def _new_consumer_thread(self) -> ChunkConsumerThread:
         return ChunkConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -114,16 +114,16 @@ class ChunkConsumer(driver.Consumer):
         )
 
     async def _seek(self, partition: TP, offset: int) -> None:
-        # Faust's own calls aiokafka from this thread, in the middle of what the consumer's thread does.
+        # Faust's own method calls aiokafka from this thread while the consumer's thread is using it.
         try:
             await self._thread.seek_wait({partition: offset})
         except IllegalStateError:
-            self.log.info("no seek in %r: it was taken away meanwhile", partition)
+            self.log.info("no seek in %r: it was revoked meanwhile", partition)
 
     async def commit_offsets(self, offsets: Mapping[TP, int]) -> bool:
-        """Commit explicit offsets; false if a rebalance has taken a partition away meanwhile.
+        """Commit explicit offsets; false if a rebalance has revoked a partition meanwhile.
 
-        Faust's own commits go by acknowledged events, which loses data: its bookkeeping passes unacked ones.
+        Faust's own commits follow acknowledged events, and lose data: its bookkeeping skips unacknowledged ones.
         """
         assignment = self.assignment()
         mine = {tp: offset for tp, offset in offsets.items() if tp in assignment}
@@ -137,20 +137,20 @@ class ChunkConsumer(driver.Consumer):
     async def perform_seek(self) -> None:
         """Seek every partition to what is committed for this incarnation of the topic, or else to its beginning.
 
-        Faust's own leaves a partition where it is as long as nothing is committed for it, although what Faust has taken
-        of it in a rebalance was dropped. And Kafka forgets the offsets of a topic that is deleted, but takes a late
-        commit of them once the topic is made anew. What has no note of ours was set by an operator, and counts.
+        Faust's own method leaves a partition where it is while nothing is committed for it, although Faust drops what
+        it fetched of it during a rebalance. And Kafka forgets the offsets of a deleted topic, but accepts a late
+        commit of them once the topic is recreated. An offset without our note was set by an operator, and counts.
 
         Raises:
-            KafkaTimeoutError: Kafka does not say what is committed, or where partitions begin.
+            KafkaTimeoutError: Kafka does not answer what is committed, or where partitions begin.
         """
         self._committed_offset.clear()
         try:
-            # Sooner than Faust, whose own time limit ends its handling of rebalances without an error.
+            # Sooner than Faust, whose own timeout ends the handling of a rebalance without an error.
             async with asyncio.timeout(self.app.conf.broker_request_timeout - _SOONER_SECONDS):
                 begins = await self._thread.call_thread(self._thread.seek_to_committed_for, self.topic_id)
         except TimeoutError:
-            raise KafkaTimeoutError("no answer to where the partitions begin") from None
+            raise KafkaTimeoutError("Kafka did not say where the partitions begin") from None
         self._committed_offset.update(begins)
 
     async def check_errors(self) -> None:
@@ -158,7 +158,7 @@ class ChunkConsumer(driver.Consumer):
         await self._thread.call_thread(self._thread.check_errors)
 
     def committed_offset(self, tp: TP) -> int | None:
-        """Return what was committed last, or where this partition was taken up; None: not known yet."""
+        """Return what was committed last, or else where reading began; None: not known yet."""
         offset: int | None = self._committed_offset[tp]
         return offset
 
@@ -170,7 +170,7 @@ class ChunkTransport(driver.Transport):
 
 
 class ChunkSchema(faust.Schema):
-    """Hands a chunk on as it is: decoding belongs to the fold, where one bad record costs itself alone."""
+    """Passes a chunk on as it is: the fold decodes it, so that one bad record costs only itself."""
 
     def compile(self, app: faust.App, **_: Any) -> Callable[..., Awaitable[Any]]:
         """Return the function that wraps a message in an event."""

@@ -1,43 +1,41 @@
 """The worker: a Faust app that folds reports into windows and publishes each closed window as batches.
 
-The order that nothing is lost by: publish all parts of a window, wait for Kafka's acknowledgements, then commit the
-source offsets it stands for.
+Why nothing is lost: all parts of a window are published, Kafka acknowledges them, and only then are the source offsets
+it stands for committed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Mapping
+from typing import Any, Final
 
 import faust
-import mode
 import structlog
 from aiokafka.errors import GroupAuthorizationFailedError, KafkaError, TopicAuthorizationFailedError
 from faust import streams
 from faust.types import TP
 
 from pipeline.clock import Clock
-from pipeline.core.batch import Source, Window, encode_batch, split
-from pipeline.core.report import PARSE_ERRORS, parse_report, timestamp_us
-from pipeline.core.window import ClosedWindow, Record, Rejected
+from pipeline.core.batch import Reason, Source, Window, encode_batch, split
+from pipeline.core.tumbling import TumblingWindows
+from pipeline.core.window import ClosedWindow
 from pipeline.errors import ConfigError, ServiceUnavailable, TopicMismatch
-from pipeline.kafka.chunks import FETCH_BYTES, Chunk
-from pipeline.kafka.credentials import faust_credentials
+from pipeline.kafka.chunks import Chunk
+from pipeline.kafka.dead_letters import DeadLetterWriter
+from pipeline.kafka.incarnation import Incarnation
+from pipeline.kafka.publisher import Publisher
 from pipeline.monitoring.lag import Position
 from pipeline.monitoring.metrics import WorkerMetrics
 from pipeline.settings import SHUTDOWN_SECONDS, Settings
+from pipeline.worker.app import new_app
 from pipeline.worker.partition import SourcePartition
-from pipeline.worker.table import LatestTable, LatestTables
-from pipeline.worker.transport import ChunkApp, ChunkConsumer, ChunkSchema
+from pipeline.worker.table import LatestTable
+from pipeline.worker.transport import ChunkConsumer, ChunkSchema
 
 # Offsets of safe windows are committed together this often; what a crash repeats meanwhile is skipped by the sink.
 COMMIT_INTERVAL_SECONDS: Final = 1.0
-# Chunks that may wait in the stream: each has some thousand records, or one record however large.
-_STREAM_BUFFER_CHUNKS: Final = 16
-_YEAR_SECONDS: Final = 31_536_000
 # A group that no one else is in gives partitions within a second, and one that rebalances within three.
 _START_SECONDS: Final = 5.0
 _REFUSALS: Final = (GroupAuthorizationFailedError, TopicAuthorizationFailedError)
@@ -45,61 +43,36 @@ _REFUSALS: Final = (GroupAuthorizationFailedError, TopicAuthorizationFailedError
 _log = structlog.get_logger(__name__)
 
 
-class Send(Protocol):
-    """Queues a record for Kafka; the future is done when it is acknowledged."""
-
-    async def __call__(  # noqa: D102
-        self,
-        topic: str,
-        value: bytes | None,
-        *,
-        partition: int = -1,
-        key: bytes | None = None,
-        headers: Sequence[tuple[str, bytes]] = (),
-    ) -> asyncio.Future[None]: ...
-
-
-DeadLetter = Callable[[Rejected, int], Awaitable[asyncio.Future[None]]]
-
-
 class Worker:
-    """Wires Faust's app to source partitions; `run` returns after a clean stop and raises after a failure.
-
-    `events_topic_id()` asks Kafka for the id of the events topic as it is now, None if it is deleted, and waits out
-    Kafka's absence.
-    """
+    """Wires Faust's app to source partitions; `run` returns after a clean stop and raises after a failure."""
 
     def __init__(
         self,
         settings: Settings,
         *,
-        send: Send,
-        dead_letter: DeadLetter,
-        events_topic_id: Callable[[], Awaitable[str | None]],
+        publisher: Publisher,
+        dead_letters: DeadLetterWriter,
+        incarnation: Incarnation,
         partitions: int,
         clock: Clock,
         metrics: WorkerMetrics,
     ) -> None:
+        """Make a worker; `partitions` counts those of the events topic, and `incarnation` knows that topic's id."""
         self._settings = settings
-        self._send = send
-        self._dead_letter = dead_letter
-        self._ask_events_topic_id = events_topic_id
+        self._publisher = publisher
+        self._dead_letters = dead_letters
+        self._incarnation = incarnation
         self._clock = clock
         self._metrics = metrics
+        self._windows = TumblingWindows(
+            settings.window_seconds, partitions, settings.window_capacity, settings.max_clock_skew
+        )
         self._partitions: dict[int, SourcePartition] = {}
-        # What waited in the topic when a partition was assigned, until it has been read.
-        self._backlog_ends: dict[int, int] = {}
         self._committable: dict[TP, int] = {}
-        self.folded_records = 0  # since the start, in whatever windows
         self._failure: BaseException | None = None
         self._stop = asyncio.Event()
-        self.app = _new_app(settings)
-        self.table: LatestTable = self.app.Table(
-            "latest",
-            partitions=partitions,
-            capacity=settings.window_capacity,
-            max_clock_skew=settings.max_clock_skew,
-        ).tumbling(settings.window_seconds)
+        self.app = new_app(settings)
+        self.table: LatestTable = self.app.Table("latest", partitions=partitions, sources=self._partitions)
         events = self.app.topic(settings.events_topic, schema=ChunkSchema(), acks=False)
         self.app.agent(events, name="fold")(self._fold)
         self.app.on_rebalance_complete.connect(self._on_rebalance_complete)
@@ -123,13 +96,7 @@ class Worker:
 
     def positions(self) -> Mapping[int, Position]:
         """Return how far each partition that it owns now is folded."""
-        positions = {}
-        for number, partition in self._partitions.items():
-            next_offset = partition.next_offset
-            if next_offset is None:  # nothing read yet
-                next_offset = self._consumer.committed_offset(TP(self._settings.events_topic, number)) or 0
-            positions[number] = Position(next_offset, next_offset, partition.appended_at)
-        return positions
+        return {number: partition.position for number, partition in self._partitions.items()}
 
     def stop(self) -> None:
         """Ask `run` to close all windows, publish and commit them, and return."""
@@ -176,79 +143,23 @@ class Worker:
 
     async def _fold(self, stream: streams.Stream[Chunk]) -> None:
         async for event in stream.events():
-            await self._take(event.message.partition, event.value)
-
-    async def _take(self, number: int, chunk: Chunk) -> None:
-        tp = TP(self._settings.events_topic, number)
-        partition = self._partitions.get(number)
-        if partition is None:
-            return  # revoked while this chunk was on its way; its new owner reads it
-        expected = partition.next_offset if partition.next_offset is not None else self._consumer.committed_offset(tp)
-        if expected is not None and chunk.start != expected:
-            reconciled = await self._reconcile(tp, expected, chunk)
-            if reconciled is None:
-                return
-            chunk = reconciled
-        last: Record | None = None
-        for records in chunk.slices():
-            self._metrics.records.inc(len(records))
-            await partition.take(records)
-            self.folded_records += len(records)
-            last = records[-1]
-        partition.next_offset = chunk.next_offset
-        if last is not None:
-            partition.appended_at = last.timestamp / 1000
-            self._observe_produced(last)
-        backlog_end = self._backlog_ends.get(number)
-        if backlog_end is not None and chunk.next_offset >= backlog_end:
-            del self._backlog_ends[number]
-            if chunk.start < backlog_end:
-                await partition.close_caught_up()
-
-    def _observe_produced(self, record: Record) -> None:
-        """Sample how old a report was when Kafka had it: one a chunk, as the fold has no time for more."""
-        try:
-            collected_at = parse_report(record.value or b"").collected_at
-        except PARSE_ERRORS:
-            return
-        if collected_at is not None:
-            collected_at_s = timestamp_us(collected_at) / 1e6
-            self._metrics.freshness.observe("produced", collected_at=collected_at_s, at=record.timestamp / 1000)
-
-    async def _reconcile(self, tp: TP, expected: int, chunk: Chunk) -> Chunk | None:
-        """Make a chunk follow the one before it; None if it is to be passed over.
-
-        Raises:
-            TopicMismatch: the topic was deleted and made anew; a new start reads it from its beginning.
-        """
-        if chunk.start < expected:  # after a seek back, or of another topic of the same name
-            if self._consumer.highwater(tp) < expected:
-                raise _made_anew(tp.topic)
-            return chunk._replace(start=expected) if chunk.next_offset > expected else None
-        earliest = (await self._consumer.earliest_offsets(tp))[tp]
-        if earliest <= expected:
-            _log.warning("chunk_skipped_going_back", partition=tp.partition, expected=expected, got=chunk.start)
-            await self._consumer.seek(tp, expected)
-            return None
-        self._metrics.lost_records.inc(earliest - expected)
-        _log.warning(
-            "records_lost_to_retention",
-            partition=tp.partition,
-            count=earliest - expected,
-            advice="lengthen the events topic's retention.ms or add workers",
-        )
-        return chunk
+            partition = self._partitions.get(event.message.partition)
+            if partition is not None:  # else it was revoked while the chunk was in flight; its new owner reads it
+                await partition.take(event.value)
 
     async def _deliver(self, number: int, closed: ClosedWindow) -> None:
         """Publish a closed window and, once all of it is acknowledged, make its offsets committable.
 
         Raises:
-            TopicMismatch: the window may hold records of a topic that was made anew, from where the old one was left.
+            TopicMismatch: the topic was recreated, and the window may hold records of both topics.
         """
         tp = TP(self._settings.events_topic, number)
-        if await self._ask_events_topic_id() not in (self._consumer.topic_id, None):
-            raise _made_anew(tp.topic)
-        acknowledgements = [await self._dead_letter(rejected, number) for rejected in closed.rejected]
+        if await self._incarnation.topic_id() not in (self._consumer.topic_id, None):
+            raise _recreated(tp.topic)
+        acknowledgements = [
+            await self._dead_letters.write_record(number, rejected.record, rejected.reason)
+            for rejected in closed.rejected
+        ]
         batches = split(
             closed.rows,
             source=Source(tp.topic, self._consumer.topic_id, number, closed.first, closed.last),
@@ -258,7 +169,7 @@ class Worker:
         )
         for batch in batches:
             acknowledgements.append(
-                await self._send(self._settings.batches_topic, encode_batch(batch), partition=number)
+                await self._publisher.send(self._settings.batches_topic, encode_batch(batch), partition=number)
             )
             self._metrics.freshness.observe("window_closed", collected_at=batch.sampled_time, at=closed.end)
             await asyncio.sleep(0)  # a large window has hundreds of parts; let heartbeats and timers run
@@ -285,39 +196,45 @@ class Worker:
             self._metrics.show_open_pairs(self.table.open_pairs())
 
     async def _on_rebalance_complete(self, app: faust.App, **_: Any) -> None:
-        """Take up the partitions; records don't flow before this returns.
+        """Start on the assigned partitions; records don't flow before this returns.
 
         Raises:
             TopicMismatch: the topic is not the one that this worker began with.
         """
         await self._abandon(self._partitions)  # of a rebalance that another one overtook
         generation, assigned = app.consumer_generation_id, app.consumer.assignment()
-        topic_id = await self._ask_events_topic_id()
+        topic_id = await self._incarnation.topic_id()
         if topic_id is None:  # aiokafka would look for it again in five minutes
-            raise TopicMismatch(f"{self._settings.events_topic} was deleted under this worker: start it again")
+            raise TopicMismatch(f"{self._settings.events_topic} was deleted while this worker ran: start it again")
         if self._consumer.topic_id not in ("", topic_id):
-            raise _made_anew(self._settings.events_topic)
+            raise _recreated(self._settings.events_topic)
         self._consumer.topic_id = topic_id
         ends = await self._consumer.highwaters(*assigned)
         if app.consumer_generation_id != generation:
             return
-        self._backlog_ends = {tp.partition: end for tp, end in ends.items()}
-        numbers = sorted(tp.partition for tp in assigned)
-        for number in numbers:
-            self._partitions[number] = SourcePartition(
-                number, windows=self.table, clock=self._clock, deliver=self._deliver, on_failure=self._fail
+        for tp in sorted(assigned):
+            self._partitions[tp.partition] = SourcePartition(
+                tp,
+                consumer=self._consumer,
+                backlog_end=ends[tp],
+                windows=self._windows,
+                clock=self._clock,
+                metrics=self._metrics,
+                deliver=self._deliver,
+                on_failure=self._fail,
             )
-        _log.info("partitions_assigned", topic=self._settings.events_topic, partitions=numbers)
+        _log.info("partitions_assigned", topic=self._settings.events_topic, partitions=sorted(self._partitions))
 
     async def _on_revoked(self, _app: faust.App, revoked: set[TP], **_: Any) -> None:
-        """Bring everything out before another worker reads on; all partitions go, as Faust's protocol is eager."""
+        """Publish and commit everything before a new owner reads on: of all partitions, as Faust rebalances eagerly."""
         await self._finish("revoked")
 
     async def _on_shutdown(self, _app: faust.App, **_: Any) -> None:
         await self._finish("shutdown")
 
-    async def _finish(self, reason: Any) -> None:
-        partitions, self._partitions = self._partitions, {}
+    async def _finish(self, reason: Reason) -> None:
+        partitions = dict(self._partitions)
+        self._partitions.clear()
         self._metrics.consumer.show_lags({})
         try:
             async with asyncio.timeout(SHUTDOWN_SECONDS):
@@ -350,40 +267,5 @@ class Worker:
         return consumer
 
 
-def _made_anew(topic: str) -> TopicMismatch:
-    return TopicMismatch(f"{topic} was made anew under this worker: start it again")
-
-
-def _new_app(settings: Settings) -> ChunkApp:
-    if streams._CStreamIterator is None:
-        raise ConfigError("Faust runs without its compiled parts and would skip events: unset NO_CYTHON, reinstall")
-    for subclass in (ChunkApp, LatestTable):
-        # Faust's services log under the module of their class, and each start and stop of theirs is no news.
-        logging.getLogger(subclass.__module__).setLevel(logging.WARNING)
-    session = settings.session_timeout_seconds
-    return ChunkApp(
-        settings.worker_group,
-        broker=";".join(f"kafka://{server.strip()}" for server in settings.kafka_bootstrap_servers.split(",")),
-        broker_credentials=faust_credentials(settings),
-        Table=LatestTable,
-        TableManager=LatestTables,
-        store="memory://",
-        autodiscover=False,
-        web_enabled=False,
-        topic_allow_declare=False,
-        topic_disable_leader=True,
-        table_standby_replicas=0,
-        agent_supervisor=mode.CrashingSupervisor,
-        cython_optimizations=True,
-        stream_wait_empty=False,
-        stream_buffer_maxsize=_STREAM_BUFFER_CHUNKS,
-        consumer_auto_offset_reset="earliest",
-        consumer_max_fetch_size=FETCH_BYTES,
-        broker_max_poll_records=16,
-        broker_max_poll_interval=_YEAR_SECONDS,  # a worker without partitions, or held up by Kafka, stays in the group
-        broker_session_timeout=session,
-        broker_heartbeat_interval=session / 3,
-        broker_request_timeout=max(40.0, session),
-        broker_rebalance_timeout=60.0,
-        worker_redirect_stdouts=False,
-    )
+def _recreated(topic: str) -> TopicMismatch:
+    return TopicMismatch(f"{topic} was recreated while this worker read it: start it again")

@@ -13,11 +13,12 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.core.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.kafka.admin import KafkaAdmin
+from pipeline.kafka.incarnation import Incarnation
 from pipeline.kafka.publisher import Publisher
 from pipeline.kafka.topics import load_topic_specs, require_topics
 from pipeline.monitoring.metrics import SinkMetrics, WorkerMetrics
 from pipeline.postgres.store import Store, read_rows
-from pipeline.roles.role import wire_sink
+from pipeline.sink import BatchConsumer, BatchesTopic, Sink
 from pipeline.testing import ManualClock
 from pipeline.worker import Worker
 from tests.parity.cases import (
@@ -73,6 +74,7 @@ class Batcher:
         self._stack = stack
         self.clock = ManualClock(T0.timestamp())
         self._registry = CollectorRegistry()
+        self._workers_registry = CollectorRegistry()
         self._payloads: list[str] = []
         self._added = 0
         self._blocking = None
@@ -96,30 +98,33 @@ class Batcher:
         )
         self._stack.push_async_callback(store.close)
         failures: list[BaseException] = []
-        consumer, sink = wire_sink(
-            settings,
-            KafkaAdmin(settings.client_config()),
-            topics["batches"],
-            store,
-            publisher,
-            SinkMetrics(self._registry),
-            failures.append,
+        admin = KafkaAdmin(settings.client_config())
+        topic = BatchesTopic(settings, topics["batches"], store, Incarnation.of(topics["batches"], admin))
+        consumer = BatchConsumer(
+            settings.client_config(),
+            topic=settings.batches_topic,
+            group=settings.sink_group,
+            session_timeout_seconds=settings.session_timeout_seconds,
+            locate=topic.locate,
         )
-        consumer.start()
+        sink = Sink(
+            consumer=consumer,
+            topic=topic,
+            dead_letters=None,  # nothing here is bad
+            metrics=SinkMetrics(self._registry),
+            on_failure=failures.append,
+        )
+        sink.start()
         self._stack.push_async_callback(consumer.close)
         self._stack.callback(sink.lose, range(1))
-
-        async def events_topic_id() -> str:
-            return topics["events"].topic_id
-
         self._worker = Worker(
             settings,
-            send=publisher.send,
-            dead_letter=lambda *_: pytest.fail("nothing here is bad"),
-            events_topic_id=events_topic_id,
+            publisher=publisher,
+            dead_letters=None,
+            incarnation=Incarnation.of(topics["events"], admin),
             partitions=1,
             clock=self.clock,
-            metrics=WorkerMetrics(CollectorRegistry()),
+            metrics=WorkerMetrics(self._workers_registry),
         )
         self._run = asyncio.create_task(self._worker.run())
         self._stack.push_async_callback(self.close)
@@ -197,7 +202,10 @@ class Batcher:
     async def _settled(self) -> None:
         """Wait until the worker has folded what was added."""
         self._producer.flush()
-        await eventually("the reports are folded", lambda: self._worker.folded_records >= self._added)
+        await eventually("the reports are folded", lambda: self._folded() >= self._added)
+
+    def _folded(self) -> float:
+        return self._workers_registry.get_sample_value("agent_metadata_records_total")
 
     async def _expect(self, expected: Expect) -> None:
         await eventually(

@@ -10,16 +10,19 @@ from confluent_kafka import Producer
 from pipeline.errors import ServiceUnavailable, TopicMismatch
 from pipeline.kafka.topics import create_topics, delete_topics, load_topic_specs
 from pipeline.monitoring.lag import Position
-from pipeline.sink import consumer as batch_consumer
-from pipeline.sink.consumer import BatchConsumer
+from pipeline.sink import BatchConsumer
 from tests.support.deployment import eventually
+
+
+def ignore(*_):
+    pass
 
 
 @pytest.fixture
 async def consumer():
     """A consumer whose broker is away."""
 
-    async def positions(_partitions):
+    async def locate(_partitions):
         return {}
 
     consumer = BatchConsumer(
@@ -27,9 +30,7 @@ async def consumer():
         topic="batches",
         group="sink",
         session_timeout_seconds=6,
-        positions=positions,
-        on_records=lambda _partition, _messages: None,
-        on_lost=lambda _partitions: None,
+        locate=locate,
     )
     yield consumer
     await consumer.close()
@@ -40,13 +41,13 @@ async def test_call_whose_caller_was_cancelled_leaves_the_consumer_running(consu
     await asyncio.sleep(0)
     cancelled.cancel()
     await asyncio.wait([cancelled])
-    running = consumer.start()
+    running = consumer.start(ignore, ignore)
     assert await asyncio.wait_for(consumer.ends(), 10) == {}  # answered behind the cancelled call
     assert not running.done()
 
 
 async def test_call_after_the_consumer_ended_is_refused(consumer):
-    consumer.start()
+    consumer.start(ignore, ignore)
     await consumer.close()
     with pytest.raises(ServiceUnavailable, match="has ended"):
         await asyncio.wait_for(consumer.ends(), 10)
@@ -59,7 +60,7 @@ class Reader:
         self.offsets = []
         self.losses = 0
 
-    async def positions(self, _partitions):
+    async def locate(self, _partitions):
         return {0: len(self.offsets)}
 
     def take(self, _partition, messages):
@@ -69,17 +70,16 @@ class Reader:
         self.losses += 1
 
     @asynccontextmanager
-    async def consuming(self, settings):
+    async def consuming(self, settings, **options):
         consumer = BatchConsumer(
             settings.client_config(),
             topic=settings.batches_topic,
             group=settings.sink_group,
             session_timeout_seconds=6,
-            positions=self.positions,
-            on_records=self.take,
-            on_lost=self.lose,
+            locate=self.locate,
+            **options,
         )
-        self.consuming_task = consumer.start()
+        self.consuming_task = consumer.start(self.take, self.lose)
         try:
             yield consumer
         finally:
@@ -94,13 +94,12 @@ def produce(settings, *values):
 
 
 @pytest.mark.services
-async def test_partition_paused_before_a_rebalance_is_read_after_it(deploy, monkeypatch):
-    monkeypatch.setattr(batch_consumer, "MAX_BUFFERED_BYTES", 3000)
+async def test_partition_paused_before_a_rebalance_is_read_after_it(deploy):
     settings = (await deploy(partitions=1)).settings
     reader, other = Reader(), Reader()
-    async with reader.consuming(settings) as consumer:
+    async with reader.consuming(settings, max_buffered_bytes=3000) as consumer:
         produce(settings, b"x" * 5000)
-        await eventually("the buffer is full", lambda: consumer._is_paused)
+        await eventually("the buffer is full", lambda: consumer.is_held)
         async with other.consuming(settings):
             await eventually("there was a rebalance", lambda: reader.losses)
             consumer.release(5000)
@@ -153,7 +152,7 @@ async def test_position_passes_transaction_markers_which_are_no_records(deploy):
 
 
 @pytest.mark.services
-async def test_topic_made_anew_under_it_ends_the_consumer_before_anything_of_it_is_handed_on(deploy):
+async def test_recreated_topic_ends_the_consumer_before_it_delivers_any_of_it(deploy):
     settings = (await deploy(partitions=1)).settings
     produce(settings, b"x", b"y")
     reader = Reader()
@@ -163,7 +162,7 @@ async def test_topic_made_anew_under_it_ends_the_consumer_before_anything_of_it_
         delete_topics(settings.client_config(), specs)
         create_topics(settings.client_config(), specs)
         produce(settings, b"new")
-        with pytest.raises(TopicMismatch, match="was made anew"):
+        with pytest.raises(TopicMismatch, match="was recreated"):
             await asyncio.wait_for(reader.consuming_task, 60)
     assert reader.offsets == [0, 1]
 

@@ -56,6 +56,9 @@ class Topic:
             raise ServiceUnavailable("Kafka did not say its offsets")
         return 0
 
+    async def ends(self):
+        return {0: 5}
+
     async def apply(self, partition, received, reject, *, earliest):
         if received[0][0] > self.applied:
             raise ProgressGap(self.applied, received[0][0])
@@ -70,10 +73,9 @@ async def topic():
     topic = Topic()
     failures = []
     topic.sink = Sink(
-        source=topic,
-        apply=topic.apply,
-        dead_letter_record=None,
-        dead_letter_row=None,
+        consumer=topic,
+        topic=topic,
+        dead_letters=None,
         metrics=SinkMetrics(CollectorRegistry()),
         on_failure=failures.append,
     )
@@ -104,26 +106,27 @@ async def test_right_that_is_taken_away_and_given_back_holds_batches_and_ends_no
             raise refusals.pop()
         return await apply(*arguments, **options)
 
-    topic.sink._apply = refuse_first
+    topic.apply = refuse_first
     topic.receive(*range(5))
     await asyncio.wait_for(topic.is_done.wait(), 10)
 
 
 async def test_drain_does_not_wait_for_a_writer_that_has_failed():
     async def apply(*_, **__):
-        raise TopicMismatch("made anew")
+        raise TopicMismatch("recreated")
 
     failures = []
+    topic = Topic()
+    topic.apply = apply
     sink = Sink(
-        source=Topic(),
-        apply=apply,
-        dead_letter_record=None,
-        dead_letter_row=None,
+        consumer=topic,
+        topic=topic,
+        dead_letters=None,
         metrics=SinkMetrics(CollectorRegistry()),
         on_failure=failures.append,
     )
     sink.take(0, [Record(0)])
-    assert await asyncio.wait_for(sink.drain({0: 1}, 60), 5) is False
+    assert await asyncio.wait_for(sink.drain(60), 5) is False
     (failure,) = failures
     assert isinstance(failure, TopicMismatch)
     sink.lose([0])
@@ -142,11 +145,11 @@ async def test_failed_flushes_and_their_payloads_are_counted():
         return Applied()
 
     topic = Topic()
+    topic.apply = apply
     topic.sink = Sink(
-        source=topic,
-        apply=apply,
-        dead_letter_record=None,
-        dead_letter_row=None,
+        consumer=topic,
+        topic=topic,
+        dead_letters=None,
         metrics=SinkMetrics(registry),
         on_failure=pytest.fail,
     )

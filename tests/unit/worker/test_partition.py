@@ -1,14 +1,19 @@
 import asyncio
 import uuid
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
-import faust
 import pytest
+from faust.types import TP
+from prometheus_client import CollectorRegistry
 
+from pipeline.core.tumbling import TumblingWindows
 from pipeline.core.window import MAX_REJECTED_BYTES
+from pipeline.errors import TopicMismatch
+from pipeline.monitoring.lag import Position
+from pipeline.monitoring.metrics import WorkerMetrics
 from pipeline.testing import FakeRecord, ManualClock, record, settle
 from pipeline.worker.partition import MAX_WAITING, SourcePartition
-from pipeline.worker.table import LatestTable, LatestTables
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 AGENTS = [uuid.UUID(int=number) for number in range(1, 100)]
@@ -27,8 +32,43 @@ class Outlet:
         await self.open.wait()
         self.windows.append(closed)
 
+    async def refuse(self, number, closed):
+        raise RuntimeError("refused")
+
     def seen(self):
         return [(closed.reason, closed.first, closed.last, len(closed.rows)) for closed in self.windows]
+
+
+class Topic:
+    """What the consumer says of the partition: what is committed, and which offsets Kafka has."""
+
+    def __init__(self, *, committed=None, earliest=0, end=0):
+        self.committed = committed
+        self.earliest = earliest
+        self.end = end
+        self.seeks = []
+
+    def committed_offset(self, tp):
+        return self.committed
+
+    def highwater(self, tp):
+        return self.end
+
+    async def earliest_offsets(self, tp):
+        return {tp: self.earliest}
+
+    async def seek(self, tp, offset):
+        self.seeks.append(offset)
+
+
+class Chunk(NamedTuple):
+    start: int
+    next_offset: int
+    records: list
+
+    def slices(self):
+        records = [record for record in self.records if record.offset >= self.start]
+        return [records] if records else []
 
 
 @pytest.fixture
@@ -37,15 +77,26 @@ def clock():
 
 
 @pytest.fixture
-async def make(clock):
-    made = []
+def registry():
+    return CollectorRegistry()
 
-    def make(number=0, *, capacity=1000, size=5.0, partitions=1):
-        app = faust.App("test", Table=LatestTable, TableManager=LatestTables, store="memory://")
-        table = app.Table("t", partitions=partitions, capacity=capacity, max_clock_skew=timedelta(60)).tumbling(size)
+
+@pytest.fixture
+async def make(clock, registry):
+    made = []
+    metrics = WorkerMetrics(registry)
+
+    def make(number=0, *, capacity=1000, size=5.0, partitions=1, topic=None, backlog_end=0, is_refusing=False):
         outlet = Outlet()
         partition = SourcePartition(
-            number, windows=table, clock=clock, deliver=outlet.deliver, on_failure=outlet.failures.append
+            TP("events", number),
+            consumer=topic or Topic(),
+            backlog_end=backlog_end,
+            windows=TumblingWindows(size, partitions, capacity, timedelta(60)),
+            clock=clock,
+            metrics=metrics,
+            deliver=outlet.refuse if is_refusing else outlet.deliver,
+            on_failure=outlet.failures.append,
         )
         made.append(partition)
         return partition, outlet
@@ -56,7 +107,11 @@ async def make(clock):
 
 
 async def take(partition, *records):
-    await partition.take(records)
+    await partition.take(Chunk(records[0].offset, records[-1].offset + 1, records))
+
+
+def reports(*offsets):
+    return [record(offset, AGENTS[offset], T0, k="v") for offset in offsets]
 
 
 async def test_window_closes_by_the_clock_at_its_end(make, clock):
@@ -131,7 +186,7 @@ async def test_window_closes_at_capacity_and_the_next_lasts_its_full_length(make
     assert outlet.seen()[1:] == [("scheduled", 2, 2, 1)]
 
 
-async def test_finish_brings_everything_out(make):
+async def test_finish_delivers_everything(make):
     partition, outlet = make()
     await take(partition, record(0, AGENTS[0], T0, k="v"))
     await partition.finish("shutdown")
@@ -193,13 +248,57 @@ async def test_abandon_while_kafka_is_away_lets_the_reader_go(make):
 
 
 async def test_delivery_that_fails_is_reported_and_nothing_more_delivered(make, clock):
-    partition, outlet = make()
-
-    async def refuse(number, closed):
-        raise RuntimeError("refused")
-
-    partition._deliver = refuse
+    partition, outlet = make(is_refusing=True)
     await settle()
     await take(partition, record(0, AGENTS[0], T0, k="v"))
     await clock.advance(5)
     assert [str(error) for error in outlet.failures] == ["refused"]
+
+
+async def test_chunk_read_twice_is_folded_once(make):
+    partition, outlet = make(topic=Topic(end=4))
+    await take(partition, *reports(0, 1, 2))
+    await take(partition, *reports(0, 1, 2))
+    await partition.take(Chunk(1, 4, reports(1, 2, 3)))
+    await partition.finish("shutdown")
+    (closed,) = outlet.windows
+    assert (closed.first, closed.last, closed.entries) == (0, 3, 4)
+
+
+async def test_first_chunk_has_to_follow_what_is_committed(make):
+    topic = Topic(committed=2, end=5)
+    partition, outlet = make(topic=topic)
+    assert partition.position == Position(2, 2)
+    await take(partition, *reports(3, 4))
+    assert topic.seeks == [2]
+    await take(partition, *reports(2, 3, 4))
+    await partition.finish("shutdown")
+    assert outlet.seen() == [("shutdown", 2, 4, 3)]
+    assert partition.position.next_offset == 5
+
+
+async def test_records_lost_to_retention_are_counted_and_reading_goes_on(make, registry):
+    partition, outlet = make(topic=Topic(committed=2, earliest=5, end=7))
+    await take(partition, *reports(5, 6))
+    await partition.finish("shutdown")
+    assert outlet.seen() == [("shutdown", 5, 6, 2)]
+    assert registry.get_sample_value("agent_metadata_retention_lost_records_total") == 3
+
+
+async def test_chunk_of_a_recreated_topic_is_refused(make):
+    partition, _ = make(topic=Topic(committed=5, end=1))
+    with pytest.raises(TopicMismatch, match="events was recreated"):
+        await take(partition, *reports(0))
+
+
+async def test_backlog_is_delivered_as_soon_as_it_is_read(make):
+    partition, outlet = make(backlog_end=2)
+    await take(partition, *reports(0))
+    await settle()
+    assert outlet.seen() == []
+    await take(partition, *reports(1))
+    await settle()
+    assert outlet.seen() == [("scheduled", 0, 1, 2)]
+    await take(partition, *reports(2))
+    await settle()
+    assert len(outlet.windows) == 1
