@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Final
 
 import structlog
@@ -68,7 +69,7 @@ async def run_sink(settings: Settings) -> None:
     dead_letters = DeadLetterWriter(publisher, settings.dead_letter_topic, stage="sink", source_topic=batches.name)
     sink = Sink(consumer=consumer, topic=topic, dead_letters=dead_letters, metrics=metrics, on_failure=fail)
     lag = watch_lag(settings, admin, batches, sink.positions, lambda: consumer.is_held, metrics.consumer)
-    table = TableWatch(store.is_emptied, lambda: refill(settings))
+    table = TableWatch(store.is_emptied, partial(_refill, settings))
     postgres = Outage("Postgres")
     metrics.consumer.outage_seconds.labels("postgres").set_function(lambda: max(sink.held_seconds, postgres.seconds()))
     heartbeat = Heartbeat(settings.stuck_seconds)
@@ -127,6 +128,14 @@ def _why_not_ready(consumer: BatchConsumer, sink: Sink, table: TableWatch) -> st
     if not consumer.is_assigned:
         return "no partitions are assigned, or Postgres has not said where to start"
     return "Postgres is down; batches are held back" if sink.is_holding else None
+
+
+async def _refill(settings: Settings) -> bool:
+    summary = await refill(settings)
+    if summary is None:
+        return False
+    _log.info("table_refilled", rows=summary.changed, pairs=summary.pairs, records=summary.records)
+    return True
 
 
 async def _ping(store: Store, outage: Outage) -> None:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
 from pipeline.errors import PipelineError
 
 CHECK_SECONDS: Final = 2.0
-# After what won't mend itself, as a missing right.
+# After an error that retrying does not mend, such as a missing right.
 _PAUSE_SECONDS: Final = 30.0
 
 _log = structlog.get_logger(__name__)
 
 
 class TableWatch:
-    """Checks every two seconds; live batches are applied meanwhile, as no guard needs them to wait.
+    """Checks every two seconds; live batches are applied during a refill, as the guard keeps newer rows.
 
-    `is_emptied()` asks Postgres; `refill()` returns what it did, or None if another process is at it.
+    `is_emptied()` asks Postgres; `refill()` returns False if another process is refilling the table already.
     """
 
-    def __init__(self, is_emptied: Callable[[], Awaitable[bool]], refill: Callable[[], Awaitable[Any]]) -> None:
+    def __init__(self, is_emptied: Callable[[], Awaitable[bool]], refill: Callable[[], Awaitable[bool]]) -> None:
         self._is_emptied = is_emptied
         self._refill = refill
         self.is_emptied = False
@@ -47,7 +47,4 @@ class TableWatch:
         if not self.is_emptied:
             _log.warning("table_emptied", advice="it is refilled from the batches topic, as far back as that reaches")
         self.is_emptied = True
-        summary = await self._refill()
-        if summary is not None:
-            self.is_emptied = False
-            _log.info("table_refilled", rows=summary.changed, pairs=summary.pairs, records=summary.records)
+        self.is_emptied = not await self._refill()
