@@ -31,7 +31,7 @@ from confluent_kafka import Producer
 
 from bench import harness, worker
 from bench.end_to_end import expect, wait_until_right
-from pipeline.core.batch import Batch, Source, Window, encode_batch
+from pipeline.core.batch import Batch, Source, WindowSpan, encode_batch
 from pipeline.local import start_services
 from pipeline.local.simulate import agent_id
 from pipeline.postgres.migrations import migrate
@@ -181,7 +181,7 @@ def fill_batches(servers: str, topic: str) -> None:
             part = pairs[first : first + BATCH_SIZE]
             columns = [[pair[0] for pair in part], [pair[1] for pair in part], ["12.3%"] * len(part)]
             source = Source("events", "events", partition, number, number)
-            batch = Batch(source, Window(0, 1), "scheduled", 1, 1, *columns, [""] * len(part), [us] * len(part))
+            batch = Batch(source, WindowSpan(0, 1), "scheduled", 1, 1, *columns, [""] * len(part), [us] * len(part))
             producer.produce(topic, encode_batch(batch), partition=partition)
         producer.flush()
 

@@ -23,7 +23,7 @@ import asyncpg
 from confluent_kafka import Producer
 
 from bench import harness
-from pipeline.core.batch import Batch, Source, Window, encode_batch
+from pipeline.core.batch import Batch, Source, WindowSpan, encode_batch
 from pipeline.kafka.topics import load_topic_specs, require_topics
 from pipeline.local import start_services
 from pipeline.postgres.migrations import migrate
@@ -99,7 +99,7 @@ def fill_batches(servers: str, topic: str, number: int) -> int:
     for partition, batches in rows(number).items():
         for offset, columns in enumerate(batches):
             source = Source("events", f"events-{number}", partition, offset, offset)
-            batch = Batch(source, Window(0, 1), "scheduled", 1, 1, *columns)
+            batch = Batch(source, WindowSpan(0, 1), "scheduled", 1, 1, *columns)
             producer.produce(topic, encode_batch(batch), partition=partition)
             count += 1
     producer.flush()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import uuid
 from datetime import datetime
-from typing import NamedTuple
 
+from pipeline.core.record import KafkaRecord
 from pipeline.core.report import Entry, Report, encode_report
 
 
@@ -49,17 +49,6 @@ async def settle(turns: int = 20) -> None:
         await asyncio.sleep(0)
 
 
-class FakeRecord(NamedTuple):
-    """A consumed Kafka record; `timestamp` in milliseconds since the Unix epoch."""
-
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: tuple[tuple[str, bytes], ...] = ()
-    timestamp_type: int = 1  # LogAppendTime
-
-
 def record(
     offset: int,
     agent_id: uuid.UUID | str,
@@ -68,7 +57,7 @@ def record(
     *,
     appended_ms: int = 1_704_067_200_000,
     **values: str,
-) -> FakeRecord:
+) -> KafkaRecord:
     """Make the record of a report whose keys and values are the keyword arguments."""
     report = Report(str(agent_id), [Entry(key, value) for key, value in values.items()], collected_at)
-    return FakeRecord(offset, appended_ms, str(agent_id).encode(), encode_report(report))
+    return KafkaRecord(offset, appended_ms, str(agent_id).encode(), encode_report(report))

@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.cli.console import JsonOption, command_settings, errors, printable, run_job
-from pipeline.core.dead_letter import DeadLetter, when
+from pipeline.core.dead_letter import DeadLetter, rfc3339
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.jobs.redrive import Filter, dead_letters, redrive
 
@@ -46,7 +46,7 @@ def list_letters(
         return
     for letter in shown:
         place = f"{letter.partition}:{letter.offset}"
-        text = f"{place}  {when(letter.timestamp_ms)}  {letter.stage}  {letter.agent or '-'}  {letter.reason}"
+        text = f"{place}  {rfc3339(letter.timestamp_ms)}  {letter.stage}  {letter.agent or '-'}  {letter.reason}"
         print(printable(text, limit=300))
     print(f"{count} dead letters" + (f", the last {limit} shown" if count > limit else ""))
 
@@ -66,8 +66,8 @@ def show(
         return
     lines = {
         "was": letter.source,
-        "appended": when(letter.timestamp_ms),
-        "dead-lettered": when(letter.appended_ms),
+        "appended": rfc3339(letter.timestamp_ms),
+        "dead-lettered": rfc3339(letter.appended_ms),
         "by": letter.stage,
         "reason": letter.reason,
         "redriven": f"{letter.redrives} times",
@@ -140,12 +140,12 @@ def _letter_json(letter: DeadLetter) -> dict[str, Any]:
     return {
         "partition": letter.partition,
         "offset": letter.offset,
-        "timestamp": when(letter.timestamp_ms),
-        "dead_lettered_at": when(letter.appended_ms),
+        "timestamp": rfc3339(letter.timestamp_ms),
+        "dead_lettered_at": rfc3339(letter.appended_ms),
         "agent": letter.agent,
         "redrives": letter.redrives,
         "original_headers": {name: (value or b"").decode(errors="replace") for name, value in letter.original},
-        **letter.said,
+        **letter.failure_headers,
         "value": None if letter.value is None else letter.value.decode(errors="replace"),
     }
 

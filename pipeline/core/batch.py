@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from itertools import islice
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 
+from pipeline.core.report import moment_from_us
 from pipeline.errors import DecodeError
 
 # `scheduled`, `capacity` and `shutdown` are metadatabatcher's labels; `revoked` is ours (a rebalance).
@@ -36,7 +37,7 @@ class Row(NamedTuple):
     @property
     def collected_at(self) -> datetime:
         """The time as a datetime; year 1 to 9999, as reports are clamped to them."""
-        return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=self.collected_at_us)
+        return moment_from_us(self.collected_at_us)
 
 
 class Columns(NamedTuple):
@@ -88,8 +89,8 @@ class Source(msgspec.Struct, frozen=True):
     last: _Offset
 
 
-class Window(msgspec.Struct, frozen=True):
-    """The tumbling window [start, end), in microseconds of processing time."""
+class WindowSpan(msgspec.Struct, frozen=True):
+    """When a tumbling window opened and closed: [start, end), in microseconds of processing time."""
 
     start_us: int
     end_us: int
@@ -102,7 +103,7 @@ class Batch(msgspec.Struct, frozen=True):
     """
 
     source: Source
-    window: Window
+    window: WindowSpan
     reason: Reason
     part: int
     parts: int
@@ -156,7 +157,7 @@ def decode_batch(raw: bytes | None) -> Batch:
     return batch
 
 
-def split(rows: Sequence[Row], *, source: Source, window: Window, reason: Reason, batch_size: int) -> list[Batch]:
+def split(rows: Sequence[Row], *, source: Source, window: WindowSpan, reason: Reason, batch_size: int) -> list[Batch]:
     """Cut a closed window into batches of at most `batch_size` rows and about 900 kB of JSON, in row order.
 
     Guarantee: every row is in exactly one part; no rows give no parts.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Final
 
 import msgspec
@@ -23,6 +23,8 @@ MIN_TIMESTAMP_US: Final = -62_135_596_800_000_000
 MAX_TIMESTAMP_US: Final = 253_402_300_799_999_999
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+# Spellings of agent ids to remember; at some 200 bytes each 20 MB.
+MAX_KNOWN_AGENTS: Final = 100_000
 BACKSLASH: Final = ord("\\")
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 # A record this short and without escapes needs no look at its limits: JSON is never shorter than what it encodes,
@@ -66,6 +68,15 @@ def timestamp_us(moment: datetime) -> int:
     return min(max(exact, MIN_TIMESTAMP_US), MAX_TIMESTAMP_US)
 
 
+def moment_from_us(timestamp_us: int) -> datetime:
+    """Convert microseconds since the Unix epoch to a datetime in UTC, exactly.
+
+    Raises:
+        OverflowError: it is not in years 1 to 9999.
+    """
+    return _EPOCH + timedelta(microseconds=timestamp_us)
+
+
 def canonical_agent_id(text: str) -> str:
     """Return the UUID in its canonical form: lower case, four dashes.
 
@@ -76,6 +87,28 @@ def canonical_agent_id(text: str) -> str:
         return str(uuid.UUID(text))
     except ValueError:
         raise DecodeError(f"agent_id is not a UUID: {text[:64]!r}") from None
+
+
+class AgentIds:
+    """Canonical agent ids by their spelling, so that a UUID is parsed once and not in every report.
+
+    Loops over many records look in `known` first, a plain dictionary, and call `learn` for what it lacks.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, str] = {}
+
+    def learn(self, text: str) -> str:
+        """Return the canonical form of a spelling and remember it; when 100,000 are known, forget all of them first.
+
+        Raises:
+            DecodeError: not a UUID.
+        """
+        agent_id = canonical_agent_id(text)
+        if len(self.known) >= MAX_KNOWN_AGENTS:
+            self.known.clear()
+        self.known[text] = agent_id
+        return agent_id
 
 
 def decode_report(raw: bytes | None) -> tuple[Report, str | None]:

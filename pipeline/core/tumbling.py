@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from datetime import timedelta
 
+from pipeline.core.report import AgentIds
 from pipeline.core.window import OpenWindow
 
 
@@ -26,9 +27,9 @@ class TumblingWindows:
     capacity: int
     max_clock_skew: timedelta
 
-    def open(self, start: float, known_agents: dict[str, str]) -> OpenWindow:
-        """Open a window; `known_agents` is shared by a partition's windows, so that each spelling is parsed once."""
-        return OpenWindow(start, capacity=self.capacity, max_clock_skew=self.max_clock_skew, known=known_agents)
+    def open(self, start: float, agent_ids: AgentIds) -> OpenWindow:
+        """Open a window; a partition's windows share `agent_ids`."""
+        return OpenWindow(start, capacity=self.capacity, max_clock_skew=self.max_clock_skew, agent_ids=agent_ids)
 
     def full_end(self, now: float) -> float:
         """Return the end of a window that opens now and lasts its whole size."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple
 
 from pipeline.core.batch import Reason, Row
+from pipeline.core.record import LOG_APPEND_TIME, Record
 from pipeline.core.report import (
     BACKSLASH,
     MAX_TIMESTAMP_US,
     PARSE_ERRORS,
     SHORT_BYTES,
+    AgentIds,
     Entry,
     apply_limits,
-    canonical_agent_id,
     decode_report,
     key_problem,
     parse_report,
@@ -23,44 +24,11 @@ from pipeline.core.report import (
 )
 from pipeline.errors import DecodeError
 
-# Spellings of agent ids seen lately, so that a UUID is parsed once and not in every report.
-_MAX_KNOWN_AGENTS: Final = 100_000
 # What sends a record from the fast path to the careful one: it can't be used, or its agent is not known yet.
 _UNCOMMON: Final = (*PARSE_ERRORS, KeyError, DecodeError)
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
-_LOG_APPEND_TIME: Final = 1  # Kafka's TimestampType
 # Rejected records are kept whole until they are dead-lettered; the events topic's largest default record is as large.
 MAX_REJECTED_BYTES: Final = 1_000_000
-
-
-class Record(Protocol):
-    """What the fold reads of a consumed Kafka record; `timestamp` in milliseconds since the Unix epoch."""
-
-    @property
-    def offset(self) -> int:
-        """Its offset in the partition."""
-        ...
-
-    @property
-    def timestamp(self) -> int:
-        """The broker's append time."""
-        ...
-
-    @property
-    def timestamp_type(self) -> int | None:
-        """1 (LogAppendTime): the broker's clock; else the producer's."""
-        ...
-
-    @property
-    def key(self) -> bytes | None:
-        """The agent's id, if the producer kept to the contract; not read here."""
-        ...
-
-    @property
-    def value(self) -> bytes | None:
-        """A report in JSON."""
-        ...
-
 
 RejectedKind = Literal["undecodable", "over_limit"]
 
@@ -108,7 +76,7 @@ class OpenWindow:
     """
 
     def __init__(
-        self, start: float, *, capacity: int, max_clock_skew: timedelta, known: dict[str, str] | None = None
+        self, start: float, *, capacity: int, max_clock_skew: timedelta, agent_ids: AgentIds | None = None
     ) -> None:
         self.start = start
         self.pairs = 0
@@ -121,7 +89,8 @@ class OpenWindow:
         self._capacity = capacity
         self._max_clock_skew = max_clock_skew
         self._agents: dict[str, dict[str, tuple[datetime, Entry]]] = {}
-        self._known = {} if known is None else known
+        agent_ids = agent_ids or AgentIds()
+        self._known, self._learn = agent_ids.known, agent_ids.learn
 
     @property
     def is_full(self) -> bool:
@@ -244,7 +213,7 @@ class OpenWindow:
 
         Records of one fold are of one record batch, so that with LogAppendTime all have the same.
         """
-        if record.timestamp_type == _LOG_APPEND_TIME:
+        if record.timestamp_type == LOG_APPEND_TIME:
             with contextlib.suppress(DecodeError):
                 return self._latest_believed(record.timestamp)
         return _NEVER
@@ -266,12 +235,6 @@ class OpenWindow:
                 return moment
             self.clamped += 1
         return _moment(appended_ms)
-
-    def _learn(self, text: str) -> str:
-        if len(self._known) >= _MAX_KNOWN_AGENTS:
-            self._known.clear()
-        agent_id = self._known[text] = canonical_agent_id(text)
-        return agent_id
 
 
 def _moment(appended_ms: int) -> datetime:

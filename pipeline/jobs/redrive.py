@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Final, NamedTuple
 
-from pipeline.core.dead_letter import REDRIVES_HEADER, DeadLetter, dead_letter_of, restore
+from pipeline.core.dead_letter import REDRIVES_HEADER, DeadLetter, restore
 from pipeline.core.report import Report, encode_report
 from pipeline.errors import DecodeError, PipelineError, TopicMismatch
 from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.publisher import Publisher
 from pipeline.kafka.range_reader import RangeReader
+from pipeline.kafka.records import dead_letter_of
 from pipeline.settings import Settings
 
 # Reports under way to Kafka at once.

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from typing import Any, Final, NamedTuple
+from datetime import datetime, timedelta
+from typing import Any, Final
 
-from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME
+from confluent_kafka import Message
 
 from pipeline.core.batch import decode_batch
-from pipeline.core.dead_letter import dead_letter_of, source_text
-from pipeline.core.report import BACKSLASH, timestamp_us
+from pipeline.core.dead_letter import source_text
+from pipeline.core.report import BACKSLASH, moment_from_us, timestamp_us
 from pipeline.core.window import OpenWindow
 from pipeline.errors import DecodeError
 from pipeline.jobs.status import group_positions
 from pipeline.jobs.why import Carrier, Event, Found, HeldRow
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
+from pipeline.kafka.records import as_record, dead_letter_of
 from pipeline.kafka.topics import TopicFacts, require_topics
 from pipeline.postgres.errors import translated_errors
 from pipeline.postgres.store import statement
@@ -26,7 +27,6 @@ from pipeline.settings import Settings
 # The search goes back from a partition's end in blocks that grow: a live agent's newest report is in the first.
 _FIRST_BLOCK_RECORDS: Final = 10_000
 _BLOCK_GROWTH: Final = 4
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 async def trace(
@@ -63,33 +63,6 @@ async def trace(
     return found
 
 
-class _Consumed(NamedTuple):
-    """A confluent-kafka message as the fold reads records."""
-
-    value: bytes | None
-    message: Any
-
-    @property
-    def offset(self) -> int:
-        """Its offset in the partition."""
-        return int(self.message.offset())
-
-    @property
-    def timestamp(self) -> int:
-        """When the broker took it, in milliseconds since the Unix epoch."""
-        return int(self.message.timestamp()[1])
-
-    @property
-    def timestamp_type(self) -> int:
-        """1: the broker's clock; 0: the producer's, in a topic of CreateTime."""
-        return 1 if self.message.timestamp()[0] == TIMESTAMP_LOG_APPEND_TIME else 0
-
-    @property
-    def key(self) -> bytes | None:
-        """Not needed here."""
-        return None
-
-
 class _Search:
     """Tells what a record of reports says of one pair."""
 
@@ -99,18 +72,18 @@ class _Search:
         self._max_clock_skew = max_clock_skew
         self._hex = agent_id.replace("-", "").encode()
 
-    def look(self, message: Any) -> Event | None:
+    def look(self, message: Message) -> Event | None:
         """Return the pair's entry as the worker folds it, or why it refuses the record; None: of another pair."""
         raw = message.value() or b""
         # Most records are others': a UUID's digits are there in any spelling, unless they are escaped.
         if self._hex not in raw.lower().replace(b"-", b"") and BACKSLASH not in raw:
             return None
         window = OpenWindow(0.0, capacity=2**31, max_clock_skew=self._max_clock_skew)
-        window.fold([_Consumed(raw, message)])
+        window.fold([as_record(message)])
         event = Event(message.partition(), message.offset(), _appended_at(message))
         held = window.get(self._agent_id, self._key)
         if held is not None:
-            event.collected_at = _EPOCH + timedelta(microseconds=timestamp_us(held[0]))
+            event.collected_at = moment_from_us(timestamp_us(held[0]))
             event.value, event.error = held[1].value, held[1].error
             return event
         if window.rejected and self._hex in raw.lower().replace(b"-", b""):
@@ -165,7 +138,7 @@ def _carrier(reader: RangeReader, events: TopicFacts, found: Found) -> Carrier |
             continue
         pairs = zip(batch.agent_ids, batch.keys, strict=True)
         if source.first <= event.offset <= source.last and (found.agent_id, found.key) in pairs:
-            closed_at = _EPOCH + timedelta(microseconds=batch.window.end_us)
+            closed_at = moment_from_us(batch.window.end_us)
             return Carrier(event.partition, message.offset(), batch.part, batch.parts, batch.reason, closed_at)
     return None
 
@@ -183,14 +156,14 @@ def _dead_letter(reader: RangeReader, topics: dict[str, TopicFacts], found: Foun
             if letter.source == source or (
                 held is not None and letter.stage == "sink" and held.collected_at == event.collected_at
             ):
-                return letter.said.get("exception.message", "")
+                return letter.failure_headers.get("exception.message", "")
     return None
 
 
-def _since(reader: RangeReader, partition: int, moment: datetime) -> Iterator[Any]:
+def _since(reader: RangeReader, partition: int, moment: datetime) -> Iterator[Message]:
     for wanted in reader.between([partition], round(moment.timestamp() * 1000), None):
         yield from reader.records(wanted)
 
 
-def _appended_at(message: Any) -> datetime:
-    return _EPOCH + timedelta(milliseconds=message.timestamp()[1])
+def _appended_at(message: Message) -> datetime:
+    return moment_from_us(message.timestamp()[1] * 1000)

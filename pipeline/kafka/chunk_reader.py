@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import ClusterAuthorizationFailedError, KafkaError, TopicAuthorizationFailedError
 
-from pipeline.core.window import Record
+from pipeline.core.record import Record
 from pipeline.errors import ConfigError, ServiceUnavailable
 from pipeline.kafka.chunks import FETCH_BYTES, Chunk, fetch_in_chunks
 

@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
 from aiokafka.errors import CorruptRecordException
 
-from pipeline.core.window import Record
+from pipeline.core.record import Record
 
 # Folding this many records takes some milliseconds: long enough to make Faust's cost per event vanish, short
 # enough for heartbeats and timers of the same event loop.

@@ -6,8 +6,8 @@ import asyncio
 
 from pipeline.core.batch import Row
 from pipeline.core.dead_letter import Stage, dead_letter_headers
+from pipeline.core.record import Record
 from pipeline.core.report import Entry, Report, encode_report
-from pipeline.core.window import Record
 from pipeline.errors import RowRejected
 from pipeline.kafka.publisher import Publisher
 
@@ -34,7 +34,7 @@ class DeadLetterWriter:
             stage=self._stage,
             error_class="DecodeError",
             message=reason,
-            original=tuple(getattr(record, "headers", ())),
+            original=tuple(record.headers),
         )
         return await self._publisher.send(self._topic, record.value, key=record.key, headers=headers)
 

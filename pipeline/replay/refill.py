@@ -10,6 +10,7 @@ import structlog
 
 from pipeline.clock import SystemClock
 from pipeline.core.batch import Row
+from pipeline.core.report import AgentIds
 from pipeline.errors import RowRejected
 from pipeline.kafka.chunk_reader import ChunkReader
 from pipeline.kafka.credentials import aiokafka_security
@@ -77,12 +78,12 @@ def wire_replay(
     on_read: Callable[[int], None] = nothing_happened,
 ) -> Replay:
     """Make a replay of what `reader` reads, in the ranges that `run` is given."""
-    known: dict[str, str] = {}
+    agent_ids = AgentIds()
 
     def new_fold(capacity: int) -> Fold:
         if source == "events":
-            return EventsFold(capacity, settings.max_clock_skew, known)
-        return BatchesFold(capacity, known)
+            return EventsFold(capacity, settings.max_clock_skew, agent_ids)
+        return BatchesFold(capacity, agent_ids)
 
     async def log_refused(row: Row, error: RowRejected) -> Awaitable[None]:
         _log.warning("row_rejected", agent_id=row.agent_id, key=row.key, sqlstate=error.sqlstate)

@@ -13,8 +13,9 @@ import msgspec
 
 from pipeline.clock import Clock
 from pipeline.core.batch import Batch, Columns, Row, decode_batch
-from pipeline.core.report import canonical_agent_id
-from pipeline.core.window import OpenWindow, Record
+from pipeline.core.record import Record
+from pipeline.core.report import AgentIds
+from pipeline.core.window import OpenWindow
 from pipeline.errors import DecodeError
 
 ReplaySource = Literal["events", "batches"]
@@ -26,8 +27,6 @@ PAIRS_HELD: Final = 500_000
 ROWS_PER_WRITE: Final = 1000
 # Folded between two looks at whether to stop: some milliseconds.
 _RECORDS_PER_TURN: Final = 5000
-# Spellings of agent ids seen lately, so that each is parsed once; as the worker's.
-_MAX_KNOWN_AGENTS: Final = 100_000
 
 
 class OffsetRange(Protocol):
@@ -119,8 +118,8 @@ class Fold(Protocol):
 class EventsFold:
     """Folds the events topic by the worker's own rules."""
 
-    def __init__(self, capacity: int, max_clock_skew: timedelta, known: dict[str, str]) -> None:
-        self._window = OpenWindow(0.0, capacity=capacity, max_clock_skew=max_clock_skew, known=known)
+    def __init__(self, capacity: int, max_clock_skew: timedelta, agent_ids: AgentIds) -> None:
+        self._window = OpenWindow(0.0, capacity=capacity, max_clock_skew=max_clock_skew, agent_ids=agent_ids)
         self.dead = 0
 
     def fold(self, records: Sequence[Record], start: int) -> int:
@@ -151,9 +150,9 @@ class EventsFold:
 class BatchesFold:
     """Folds the batches topic by the sink's rules."""
 
-    def __init__(self, capacity: int, known: dict[str, str]) -> None:
+    def __init__(self, capacity: int, agent_ids: AgentIds) -> None:
         self._capacity = capacity
-        self._known = known
+        self._agent_ids = agent_ids
         self._newest: dict[Pair, Row] = {}
         self._entries = 0
         self.dead = 0
@@ -170,25 +169,17 @@ class BatchesFold:
         return len(records)
 
     def _take(self, batch: Batch) -> None:
-        newest, known = self._newest, self._known
+        newest, known = self._newest, self._agent_ids.known
         self._entries += len(batch.agent_ids)
         for text, key, value, error, collected_at_us in zip(*batch.columns, strict=True):
-            agent_id = known.get(text) or self._learn(text)
-            if agent_id is None:
+            try:
+                agent_id = known.get(text) or self._agent_ids.learn(text)
+            except DecodeError:
                 self.dead += 1
                 continue
             held = newest.get((agent_id, key))
             if held is None or collected_at_us >= held.collected_at_us:
                 newest[agent_id, key] = Row(agent_id, key, value, error, collected_at_us)
-
-    def _learn(self, text: str) -> str | None:
-        if len(self._known) >= _MAX_KNOWN_AGENTS:
-            self._known.clear()
-        try:
-            agent_id = self._known[text] = canonical_agent_id(text)
-        except DecodeError:
-            return None
-        return agent_id
 
     @property
     def entries(self) -> int:

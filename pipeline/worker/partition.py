@@ -12,9 +12,10 @@ from faust.types import TP
 
 from pipeline.clock import Clock
 from pipeline.core.batch import Reason
-from pipeline.core.report import PARSE_ERRORS, parse_report, timestamp_us
+from pipeline.core.record import Record
+from pipeline.core.report import PARSE_ERRORS, AgentIds, parse_report, timestamp_us
 from pipeline.core.tumbling import TumblingWindows
-from pipeline.core.window import ClosedWindow, OpenWindow, Record
+from pipeline.core.window import ClosedWindow, OpenWindow
 from pipeline.errors import TopicMismatch
 from pipeline.kafka.chunks import Chunk
 from pipeline.monitoring.lag import Position
@@ -60,12 +61,12 @@ class SourcePartition:
         self._on_failure = on_failure
         self._next_offset: int | None = None  # None: nothing read yet
         self._appended_at = 0.0
-        self._known_agents: dict[str, str] = {}
+        self._agent_ids = AgentIds()
         self._closed: deque[ClosedWindow] = deque()  # not acknowledged by Kafka yet
         self._changed = asyncio.Condition()
         self._is_ending = False
         now = clock.now()
-        self.window: OpenWindow = windows.open(now, self._known_agents)
+        self.window: OpenWindow = windows.open(now, self._agent_ids)
         self._end = windows.full_end(now)
         self._flushing = asyncio.create_task(self._flush())
         self._tasks = [asyncio.create_task(self._close_by_clock()), self._flushing]
@@ -188,7 +189,7 @@ class SourcePartition:
     async def _close(self, reason: Reason) -> None:
         now = self._clock.now()
         closed = self.window.close(reason, now)
-        self.window = self._windows.open(now, self._known_agents)
+        self.window = self._windows.open(now, self._agent_ids)
         if closed.last < closed.first:
             return
         self._closed.append(closed)

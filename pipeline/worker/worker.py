@@ -18,7 +18,7 @@ from faust import streams
 from faust.types import TP
 
 from pipeline.clock import Clock
-from pipeline.core.batch import Reason, Source, Window, encode_batch, split
+from pipeline.core.batch import Reason, Source, WindowSpan, encode_batch, split
 from pipeline.core.tumbling import TumblingWindows
 from pipeline.core.window import ClosedWindow
 from pipeline.errors import ConfigError, ServiceUnavailable, TopicMismatch
@@ -163,7 +163,7 @@ class Worker:
         batches = split(
             closed.rows,
             source=Source(tp.topic, self._consumer.topic_id, number, closed.first, closed.last),
-            window=Window(round(closed.start * 1e6), round(closed.end * 1e6)),
+            window=WindowSpan(round(closed.start * 1e6), round(closed.end * 1e6)),
             reason=closed.reason,
             batch_size=self._settings.batch_size,
         )

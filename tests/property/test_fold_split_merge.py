@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.agent_ids import MAX_PAYLOAD_BYTES, decode_agent_ids, encode_agent_id_chunks
-from pipeline.core.batch import MAX_COLUMNS_BYTES, Row, Source, Window, decode_batch, encode_batch, merge, split
+from pipeline.core.batch import MAX_COLUMNS_BYTES, Row, Source, WindowSpan, decode_batch, encode_batch, merge, split
+from pipeline.core.record import KafkaRecord
 from pipeline.core.report import (
     MAX_ERROR_BYTES,
     MAX_VALUE_BYTES,
@@ -18,11 +19,10 @@ from pipeline.core.report import (
     limit_value,
 )
 from pipeline.core.window import OpenWindow
-from pipeline.testing import FakeRecord
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 SOURCE = Source("events", "id", 0, 0, 0)
-WINDOW = Window(0, 1)
+WINDOW = WindowSpan(0, 1)
 
 agents = st.integers(0, 3).map(lambda number: str(uuid.UUID(int=number)))
 keys = st.sampled_from(["cpu", "mem", "status"])
@@ -34,7 +34,7 @@ rows = st.builds(Row, agents, keys, texts, texts, st.integers(-62_135_596_800_00
 
 
 def as_records(some):
-    return [FakeRecord(offset, 1_704_067_200_000, None, encode_report(report)) for offset, report in enumerate(some)]
+    return [KafkaRecord(offset, 1_704_067_200_000, None, encode_report(report)) for offset, report in enumerate(some)]
 
 
 def fold(some, *, chunk=1000, capacity=10**6):

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from pipeline.core.batch import Batch, Source, Window, decode_batch, encode_batch
+from pipeline.core.batch import Batch, Source, WindowSpan, decode_batch, encode_batch
 from pipeline.core.report import (
     MAX_ERROR_BYTES,
     MAX_REPORT_KEYS_BYTES,
@@ -24,7 +24,7 @@ from pipeline.errors import DecodeError
 from tests.support.bad_input import CASES, GOOD, report
 
 GOOD_BATCH = encode_batch(
-    Batch(Source("e", "id", 0, 1, 2), Window(0, 1), "scheduled", 1, 1, ["a"], ["k"], ["v"], [""], [0])
+    Batch(Source("e", "id", 0, 1, 2), WindowSpan(0, 1), "scheduled", 1, 1, ["a"], ["k"], ["v"], [""], [0])
 )
 _FIELDS = ["agent_id", "entries", "collected_at", "key", "value", "error", "source", "keys", "version", "first"]
 # All of Unicode: NUL, lone surrogates and what lies beyond 16 bits too. Long ones repeat short ones.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.core.batch import Batch, Row, Source, Window, merge
+from pipeline.core.batch import Batch, Row, Source, WindowSpan, merge
 from pipeline.postgres.migrations import migrate
 from pipeline.postgres.store import PartitionId, Received, Store
 
@@ -45,9 +45,10 @@ def cut(rows, sizes):
 
 
 def batch(rows, *, events_id, first=0):
-    columns = merge([Batch(Source("events", "id", 0, 0, 0), Window(0, 1), "scheduled", 1, 1, *zip(*rows, strict=True))])
+    source = Source("events", "id", 0, 0, 0)
+    columns = merge([Batch(source, WindowSpan(0, 1), "scheduled", 1, 1, *zip(*rows, strict=True))])
     return Batch(
-        Source("events", events_id, 0, first, first + len(rows) - 1), Window(0, 1), "scheduled", 1, 1, *columns
+        Source("events", events_id, 0, first, first + len(rows) - 1), WindowSpan(0, 1), "scheduled", 1, 1, *columns
     )
 
 

@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from pipeline.core.agent_ids import MAX_IDS_PER_PAYLOAD, NOTIFY_CHANNEL, decode_agent_ids
-from pipeline.core.batch import Batch, Row, Source, Window
+from pipeline.core.batch import Batch, Row, Source, WindowSpan
 from pipeline.errors import ConfigError, ProgressGap, SchemaMismatch, ServiceUnavailable
 from pipeline.postgres import store as store_module
 from pipeline.postgres.errors import translated_errors
@@ -24,7 +24,7 @@ A1, A2 = (str(uuid.UUID(int=number)) for number in (1, 2))
 def batch(*rows, first=0, last=None, part=1, parts=1, events_id="events-id"):
     source = Source("events", events_id, 0, first, first if last is None else last)
     columns = [list(column) for column in zip(*rows, strict=True)]
-    return Batch(source, Window(0, 1), "scheduled", part, parts, *columns)
+    return Batch(source, WindowSpan(0, 1), "scheduled", part, parts, *columns)
 
 
 def row(agent_id=A1, key="k", value="v", error="", at=0):

@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from pipeline.core.batch import Batch, Source, Window, decode_batch, encode_batch
+from pipeline.core.batch import Batch, Source, WindowSpan, decode_batch, encode_batch
 from pipeline.errors import DecodeError
 
-BATCH = Batch(Source("events", "id", 0, 0, 0), Window(0, 1), "scheduled", 1, 1, [], [], [], [], [])
+BATCH = Batch(Source("events", "id", 0, 0, 0), WindowSpan(0, 1), "scheduled", 1, 1, [], [], [], [], [])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from pipeline.core.batch import Row, Source, Window, encode_batch, split
+from pipeline.core.batch import Row, Source, WindowSpan, encode_batch, split
 from pipeline.core.dead_letter import REDRIVES_HEADER, dead_letter_headers, read_dead_letter, restore
 from pipeline.core.report import Entry, Report, encode_report, timestamp_us
 from pipeline.errors import DecodeError
@@ -81,7 +81,7 @@ def test_what_would_be_refused_again_says_why(value, stage):
 
 def test_batch_that_can_be_read_now_becomes_reports_of_its_rows():
     rows = [Row(AGENT, key, "v" + key, "", timestamp_us(APPENDED)) for key in ("cpu", "mem")]
-    source, window = Source("events", "id", 0, 0, 9), Window(0, 1)
+    source, window = Source("events", "id", 0, 0, 9), WindowSpan(0, 1)
     (batch,) = split(rows, source=source, window=window, reason="scheduled", batch_size=500)
     restored = restore(letter(encode_batch(batch), stage="sink"), max_clock_skew=SKEW)
     assert restored == [

@@ -1,10 +1,13 @@
+import uuid
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
+import pipeline.core.report
 from pipeline.core.report import (
     MAX_TIMESTAMP_US,
     MIN_TIMESTAMP_US,
+    AgentIds,
     Entry,
     Report,
     canonical_agent_id,
@@ -12,6 +15,7 @@ from pipeline.core.report import (
     encode_report,
     key_problem,
     limit_value,
+    moment_from_us,
     timestamp_us,
 )
 from pipeline.errors import DecodeError
@@ -100,6 +104,19 @@ def test_canonical_agent_id_accepts_any_spelling_of_a_uuid():
         canonical_agent_id("agent-7")
 
 
+def test_agent_ids_are_learned_by_spelling_and_forgotten_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(pipeline.core.report, "MAX_KNOWN_AGENTS", 2)
+    agent_ids = AgentIds()
+    assert agent_ids.learn(AGENT.upper()) == AGENT
+    assert agent_ids.learn(AGENT) == AGENT
+    assert agent_ids.known == {AGENT.upper(): AGENT, AGENT: AGENT}
+    with pytest.raises(DecodeError):
+        agent_ids.learn("agent-7")
+    other = str(uuid.UUID(int=8))
+    agent_ids.learn(other)
+    assert agent_ids.known == {other: other}
+
+
 @pytest.mark.parametrize(
     ("moment", "microseconds"),
     [
@@ -112,3 +129,8 @@ def test_canonical_agent_id_accepts_any_spelling_of_a_uuid():
 )
 def test_timestamp_us_is_exact_and_stays_within_years_1_to_9999(moment, microseconds):
     assert timestamp_us(moment) == microseconds
+
+
+@pytest.mark.parametrize("microseconds", [MIN_TIMESTAMP_US, -1, 0, MAX_TIMESTAMP_US])
+def test_moment_from_us_is_the_exact_inverse(microseconds):
+    assert timestamp_us(moment_from_us(microseconds)) == microseconds

@@ -3,9 +3,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from pipeline.core.record import KafkaRecord
 from pipeline.core.report import Entry, Report, encode_report
 from pipeline.core.window import MAX_REJECTED_BYTES, OpenWindow
-from pipeline.testing import FakeRecord, record
+from pipeline.testing import record
 
 A1, A2 = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
@@ -34,13 +35,13 @@ def test_fold_on_equal_times_keeps_the_later_arrival(window):
 
 def test_fold_duplicate_key_in_one_report_keeps_the_last(window):
     value = encode_report(Report(A1, [Entry("k", "first"), Entry("k", "last")], T0))
-    window.fold([FakeRecord(0, T0_MS, None, value)])
+    window.fold([KafkaRecord(0, T0_MS, None, value)])
     assert rows(window) == {(A1, "k"): ("last", T0)}
 
 
 def test_fold_replaces_value_error_and_time_as_one(window):
     reports = [Report(A1, [Entry("k", "", "broken")], T0), Report(A1, [Entry("k", "fine")], T0 + 1 * MS)]
-    window.fold([FakeRecord(i, T0_MS, None, encode_report(report)) for i, report in enumerate(reports)])
+    window.fold([KafkaRecord(i, T0_MS, None, encode_report(report)) for i, report in enumerate(reports)])
     assert window.close("scheduled", 1.0).rows[0][2:4] == ("fine", "")
 
 
@@ -51,7 +52,7 @@ def test_fold_without_collected_at_takes_the_brokers_time(window):
 
 def test_fold_entry_time_overrides_the_reports(window):
     report = Report(A1, [Entry("k", "v", collected_at=T0 - 1 * MS), Entry("l", "w")], T0)
-    window.fold([FakeRecord(0, T0_MS, None, encode_report(report))])
+    window.fold([KafkaRecord(0, T0_MS, None, encode_report(report))])
     assert rows(window) == {(A1, "k"): ("v", T0 - 1 * MS), (A1, "l"): ("w", T0)}
 
 
@@ -61,7 +62,7 @@ def test_fold_clock_too_far_ahead_is_set_to_the_brokers_and_counted(window, is_e
     for offset, moment in enumerate((believed, wrong)):
         entry = Entry(f"k{offset}", "v", collected_at=moment if is_entry_time else None)
         report = Report(A1, [entry], T0 if is_entry_time else moment)
-        window.fold([FakeRecord(offset, T0_MS, None, encode_report(report))])
+        window.fold([KafkaRecord(offset, T0_MS, None, encode_report(report))])
     assert rows(window) == {(A1, "k0"): ("v", believed), (A1, "k1"): ("v", T0)}
     assert window.clamped == 1
 
@@ -72,7 +73,7 @@ def test_fold_spellings_of_one_agent_id_are_one_agent(window):
 
 
 def test_fold_bad_record_costs_itself_alone(window):
-    bad = [FakeRecord(1, T0_MS, None, b"{"), FakeRecord(2, T0_MS, None, None), record(3, "agent-7", T0, k="v")]
+    bad = [KafkaRecord(1, T0_MS, None, b"{"), KafkaRecord(2, T0_MS, None, None), record(3, "agent-7", T0, k="v")]
     records = [record(0, A1, T0, k="before"), *bad, record(4, A2, T0, k="after")]
     assert window.fold(records) == 5
     closed = window.close("scheduled", 1.0)
@@ -84,7 +85,7 @@ def test_fold_bad_record_costs_itself_alone(window):
 
 def test_fold_key_too_long_is_rejected_and_the_reports_others_stay(window):
     value = encode_report(Report(A1, [Entry("k" * 128, "v"), Entry("fine", "v")], T0))
-    window.fold([FakeRecord(0, T0_MS, None, value)])
+    window.fold([KafkaRecord(0, T0_MS, None, value)])
     closed = window.close("scheduled", 1.0)
     assert [row.key for row in closed.rows] == ["fine"]
     assert "128 characters" in closed.rejected[0].reason
@@ -111,7 +112,7 @@ def test_close_of_an_empty_window_has_no_range(window):
 
 
 def test_fold_of_empty_reports_moves_the_range(window):
-    window.fold([FakeRecord(7, T0_MS, None, encode_report(Report(A1, [])))])
+    window.fold([KafkaRecord(7, T0_MS, None, encode_report(Report(A1, [])))])
     assert window._agents == {}  # or ever new agents that report nothing would fill the memory
     closed = window.close("scheduled", 1.0)
     assert (closed.first, closed.last, closed.rows) == (7, 7, [])
@@ -119,14 +120,14 @@ def test_fold_of_empty_reports_moves_the_range(window):
 
 def test_rejected_records_fill_a_window_like_pairs():
     window = OpenWindow(0.0, capacity=3, max_clock_skew=timedelta(seconds=60))
-    records = [FakeRecord(offset, T0_MS, None, b"no report") for offset in range(5)]
+    records = [KafkaRecord(offset, T0_MS, None, b"no report") for offset in range(5)]
     assert window.fold([record(0, A1, T0, k="v"), *records]) == 3
     assert window.is_full
     assert (window.pairs, len(window.rejected)) == (1, 2)
 
 
 def test_large_rejected_records_fill_a_window_of_any_capacity(window):
-    records = [FakeRecord(offset, T0_MS, None, b"x" * (MAX_REJECTED_BYTES // 2)) for offset in range(3)]
+    records = [KafkaRecord(offset, T0_MS, None, b"x" * (MAX_REJECTED_BYTES // 2)) for offset in range(3)]
     assert window.fold(records) == 2
     assert window.is_full
     closed = window.close("capacity", 1)

@@ -9,7 +9,17 @@ from typing import get_args
 import jsonschema
 import pytest
 
-from pipeline.core.batch import MAX_COLUMNS_BYTES, Batch, Reason, Row, Source, Window, decode_batch, encode_batch, split
+from pipeline.core.batch import (
+    MAX_COLUMNS_BYTES,
+    Batch,
+    Reason,
+    Row,
+    Source,
+    WindowSpan,
+    decode_batch,
+    encode_batch,
+    split,
+)
 from pipeline.core.report import MAX_KEY_CHARS, Entry, Report, decode_report, encode_report
 from pipeline.data_files import data_dir
 from pipeline.errors import DecodeError, TopicMismatch
@@ -32,7 +42,7 @@ def validator(name):
 def a_batch(**changes):
     rows = [Row(A1, "cpu", "12%", "", 1_704_067_200_000_000), Row(A1, "disk", "", "no such disk", -1)]
     (batch,) = split(
-        rows, source=Source("events", "id", 3, 5, 9), window=Window(0, 1), reason="revoked", batch_size=500
+        rows, source=Source("events", "id", 3, 5, 9), window=WindowSpan(0, 1), reason="revoked", batch_size=500
     )
     return {**json.loads(encode_batch(batch)), **changes}
 
@@ -168,5 +178,5 @@ def test_batch_schema_has_the_fields_and_reasons_of_the_code():
     batch = schema("batch.schema.json")
     assert set(batch["required"]) == set(batch["properties"]) == set(Batch.__struct_fields__)
     assert set(batch["properties"]["source"]["required"]) == set(Source.__struct_fields__)
-    assert set(batch["properties"]["window"]["required"]) == set(Window.__struct_fields__)
+    assert set(batch["properties"]["window"]["required"]) == set(WindowSpan.__struct_fields__)
     assert set(batch["properties"]["reason"]["enum"]) == set(get_args(Reason))

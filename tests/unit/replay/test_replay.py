@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.batch import Batch, Source, Window, encode_batch
-from pipeline.core.report import Entry, Report, encode_report
+from pipeline.core.batch import Batch, Source, WindowSpan, encode_batch
+from pipeline.core.report import AgentIds, Entry, Report, encode_report
 from pipeline.replay.plan import Range
 from pipeline.replay.replay import EVERYTHING, BatchesFold, EventsFold, Filter, Interrupted, Pace, Replay, Summary
 from pipeline.testing import ManualClock, settle
@@ -88,12 +88,12 @@ def us(moment):
 
 
 def replayed(topic, table, *, pairs_held=1000, only=EVERYTHING, new_fold=None):
-    summary, known = Summary(), {}
+    summary, agent_ids = Summary(), AgentIds()
 
     async def job():
         replay = Replay(
             topic,
-            new_fold=new_fold or (lambda capacity: EventsFold(capacity, timedelta(60), known)),
+            new_fold=new_fold or (lambda capacity: EventsFold(capacity, timedelta(60), agent_ids)),
             write=table.write,
             pace=Pace(None, ManualClock()),
             only=only,
@@ -186,7 +186,7 @@ def test_unreadable_records_are_counted_and_nothing_else_suffers():
 def test_replay_of_batches_takes_the_newest_row_of_each_pair_and_the_later_on_a_tie():
     def batch(*rows):
         columns = [list(column) for column in zip(*rows, strict=True)]
-        return encode_batch(Batch(Source("events", "id", 0, 0, 0), Window(0, 1), "scheduled", 1, 1, *columns))
+        return encode_batch(Batch(Source("events", "id", 0, 0, 0), WindowSpan(0, 1), "scheduled", 1, 1, *columns))
 
     records = [
         batch((AGENTS[1], "cpu", "new", "", 2), (AGENTS[1].upper(), "mem", "first", "", 1)),
@@ -194,7 +194,9 @@ def test_replay_of_batches_takes_the_newest_row_of_each_pair_and_the_later_on_a_
         b"not a batch",
     ]
     table = Table()
-    summary = replayed(Topic({0: records}), table, new_fold=lambda capacity: BatchesFold(capacity, {}), pairs_held=2)
+    summary = replayed(
+        Topic({0: records}), table, new_fold=lambda capacity: BatchesFold(capacity, AgentIds()), pairs_held=2
+    )
     assert table.rows == {(AGENTS[1], "cpu"): ("new", "", 2), (AGENTS[1], "mem"): ("second", "", 1)}
     assert (summary.records, summary.entries, summary.dead, summary.pairs) == (3, 5, 2, 2)
 
@@ -206,7 +208,7 @@ def test_stopped_replay_has_done_whole_partitions_and_counts_as_one_run_when_it_
     async def run(stop_at):
         replay = Replay(
             topic,
-            new_fold=lambda capacity: EventsFold(capacity, timedelta(60), {}),
+            new_fold=lambda capacity: EventsFold(capacity, timedelta(60), AgentIds()),
             write=table.write,
             pace=Pace(None, ManualClock()),
             on_read=lambda _: replay.stop() if topic.opened[-1] == stop_at else None,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pipeline.core.batch import Batch, Source, Window, encode_batch
+from pipeline.core.batch import Batch, Source, WindowSpan, encode_batch
 from pipeline.errors import ConfigError, ProgressGap, ServiceUnavailable, TopicMismatch
 from pipeline.monitoring.metrics import SinkMetrics
 from pipeline.postgres.store import Applied
@@ -20,7 +20,7 @@ class Record(NamedTuple):
         return self.at
 
     def value(self):
-        return encode_batch(Batch(Source("e", "id", 0, 0, 0), Window(0, 1), "scheduled", 1, 1, [], [], [], [], []))
+        return encode_batch(Batch(Source("e", "id", 0, 0, 0), WindowSpan(0, 1), "scheduled", 1, 1, [], [], [], [], []))
 
 
 class Topic:

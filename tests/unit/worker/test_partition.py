@@ -7,12 +7,13 @@ import pytest
 from faust.types import TP
 from prometheus_client import CollectorRegistry
 
+from pipeline.core.record import KafkaRecord
 from pipeline.core.tumbling import TumblingWindows
 from pipeline.core.window import MAX_REJECTED_BYTES
 from pipeline.errors import TopicMismatch
 from pipeline.monitoring.lag import Position
 from pipeline.monitoring.metrics import WorkerMetrics
-from pipeline.testing import FakeRecord, ManualClock, record, settle
+from pipeline.testing import ManualClock, record, settle
 from pipeline.worker.partition import MAX_WAITING, SourcePartition
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
@@ -224,7 +225,7 @@ async def test_take_waits_while_too_many_windows_are_not_safe(make):
 async def test_take_waits_for_large_rejected_records_to_be_safe_before_it_takes_more(make):
     partition, outlet = make()
     outlet.open.clear()
-    garbage = [FakeRecord(offset, 0, None, b"x" * MAX_REJECTED_BYTES) for offset in range(2)]
+    garbage = [KafkaRecord(offset, 0, None, b"x" * MAX_REJECTED_BYTES) for offset in range(2)]
     taking = asyncio.create_task(take(partition, *garbage))
     await settle()
     assert not taking.done()
