@@ -1,4 +1,4 @@
-"""The sink: applies waiting batches to the store, partition by partition, holding them back while it is away."""
+"""The sink: applies waiting batches to the store, partition by partition, holding them back while it is unavailable."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipeline.sink.consumer import BatchConsumer, buffered_bytes
 # Waiting batches are merged up to this many entries a transaction: enough for dedup after an outage, and short
 # enough, at some 100,000 rows a second, to keep locks brief.
 MAX_ENTRIES_PER_TRANSACTION: Final = 10_000
-# Backoff while Postgres is away: random between 0 and a ceiling that doubles from the first to the second.
+# Backoff while Postgres is unavailable: random between 0 and a ceiling that doubles from the first to the second.
 _FIRST_BACKOFF_SECONDS: Final = 0.2
 _LONGEST_BACKOFF_SECONDS: Final = 15.0
 _DRAIN_POLL_SECONDS: Final = 0.02

@@ -29,7 +29,7 @@ def new_app(settings: Settings) -> ChunkApp:
     if streams._CStreamIterator is None:
         raise ConfigError("Faust runs without its compiled parts and would skip events: unset NO_CYTHON, reinstall")
     for subclass in (ChunkApp, LatestTable):
-        # Faust's services log under the module of their class, and each start and stop of theirs is no news.
+        # Faust's services log under the module of their class, and their starts and stops are of no interest.
         logging.getLogger(subclass.__module__).setLevel(logging.WARNING)
     session = settings.session_timeout_seconds
     return ChunkApp(

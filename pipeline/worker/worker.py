@@ -107,7 +107,7 @@ class Worker:
 
         Raises:
             ConfigError: Kafka refuses us a right.
-            ServiceUnavailable: Kafka went away in a way that its client can't wait out.
+            ServiceUnavailable: Kafka failed in a way that its client can't wait out.
             Whatever else failed. Nothing that was not safe is committed then, and a new start reads it again.
         """
         try:
