@@ -43,11 +43,11 @@ bench-end-to-end: .venv/.dev ## From the topic to the table, against a plain pro
 bench-serve: .venv/.dev ## 5,000 event streams of one process
 	$(BIN)/python -m bench.serve
 
-bench-fuzz: .venv/.dev ## Feed the decoders with whatever hypothesis comes up with, for 5 minutes; ARGS="--seconds 60"
-	$(BIN)/python -m bench.fuzz $(ARGS)
+bench-fuzz: .venv/.dev ## Feed the decoders whatever hypothesis comes up with, for 5 minutes; ARGS="--seconds 60"
+	$(BIN)/python -m tests.property.fuzz $(ARGS)
 
-chaos: .venv/.dev ## All faults with an oracle that counts, 40 minutes; SCENARIO=worker_killed,sink_frozen SEEDS=3
-	$(BIN)/python -m bench.chaos "$(SCENARIO)" "$(SEEDS)"
+chaos: .venv/.dev ## All faults, judged by an oracle that counts, 40 minutes; SCENARIO=worker_killed,sink_frozen SEEDS=3
+	$(BIN)/python -m tests.chaos "$(SCENARIO)" "$(SEEDS)"
 
 bench-replay: .venv/.dev ## The replay against a plain loop and beside live load; the refill
 	$(BIN)/python -m bench.replay

@@ -35,7 +35,7 @@ class LoadShape:
     `late`: this share of reports is up to 5 s older than the one before. `tied`: this share has the time of the one
     before, to the microsecond. `stuck`: this share of agents has a clock that stands still. Of the other agents one
     falls silent, and a new one begins, every `reports_an_agent` reports: so at any moment there are last values that no
-    later report would make good if they were lost.
+    later report would replace if they were lost.
     """
 
     agents: int = 120
@@ -52,14 +52,14 @@ class Load:
     `lasting` are the agents whose clocks stand still; they report to the end.
 
     Every value begins with the number of its report, "17 ..." of the 17th: of two values of a pair the later arrival
-    has the higher one. So the table, its audit and listeners tell an old value by itself, ties included.
+    has the higher one. So an old value shows by itself in the table, its audit and listeners, ties included.
     """
 
     def __init__(self, client_config: dict[str, Any], topic: str, shape: LoadShape, seed: int) -> None:
-        # Metadata anew each second: a partition that was added, or a topic made anew, has to be used while we look.
+        # Every second: a partition that was added, or a recreated topic, has to be used within the scenario.
         self._config = {
             **client_config,
-            "log_level": 0,  # that Kafka is away is no news here
+            "log_level": 0,  # Kafka is down on purpose
             "enable.idempotence": True,
             "linger.ms": 5,
             "message.timeout.ms": 0,
@@ -94,11 +94,15 @@ class Load:
         self._is_ending.set()
         if self._thread is not None:
             self._thread.join(timeout_seconds)
-            assert not self._thread.is_alive(), "reports were not acknowledged: is Kafka still away?"
+            assert not self._thread.is_alive(), "reports were not acknowledged: is Kafka still down?"
             self._thread = None
 
-    def report_of_new_agents(self, count: int, bad: int) -> None:
-        """While paused, report once of each of so many agents; so many of the values are POISON."""
+    def abandon(self) -> None:
+        """Stop reporting, and wait for nothing."""
+        self._is_ending.set()
+
+    def report_new_agents(self, count: int, bad: int) -> None:
+        """While paused, report each of `count` new agents once; `bad` of the values are POISON."""
         producer = Producer(self._config)
         poisoned = set(self._dice.sample(range(count), bad))
         for index in range(count):
@@ -110,15 +114,15 @@ class Load:
             pass
 
     def forget(self, deleted: dict[int, tuple[int, int]]) -> int:
-        """Note that Kafka deleted records before they were read; by partition [first, end). Return their number."""
-        gone = []
+        """Expect nothing of records that Kafka deleted unread, by partition [first, end); return their number."""
+        lost = []
         for number, accepted in self._accepted.items():
             first, end = deleted.get(accepted.partition, (0, 0))
             if first <= accepted.offset < end:
-                gone.append(number)
-        for number in gone:
+                lost.append(number)
+        for number in lost:
             del self._accepted[number]
-        return len(gone)
+        return len(lost)
 
     def expected(self) -> Table:
         """The newest accepted entry of each pair by the pipeline's rule: collected_at, ties by arrival."""
@@ -126,8 +130,8 @@ class Load:
         for _, accepted in sorted(self._accepted.items()):
             for entry in accepted.report.entries:
                 pair = (accepted.report.agent_id, entry.key)
-                held = newest.get(pair)
-                if held is None or accepted.collected_at >= held[2]:
+                before = newest.get(pair)
+                if before is None or accepted.collected_at >= before[2]:
                     newest[pair] = (entry.value, entry.error, accepted.collected_at)
         return newest
 

@@ -3,6 +3,7 @@
 import pytest
 
 from pipeline.local import PackagedKafka, PackagedPostgres
+from tests.chaos.broken import MUTANTS
 from tests.chaos.harness import Run, Services
 from tests.chaos.scenarios import SCENARIOS
 
@@ -28,14 +29,15 @@ async def test_nothing_is_lost_twice_or_backwards_when(scenario, own_services, t
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("broken", "scenario", "found"),
+    ("mutant", "scenario", "found"),
     [
-        ("commit_first", "batches_topic_away_and_worker_killed", "rows_wrong"),
+        ("commit_first", "batches_topic_missing_and_worker_killed", "rows_wrong"),
         ("no_guard", "nothing_happens", "moves_back"),
         ("no_progress_check", "worker_frozen", "moves_back"),
     ],
 )
-async def test_harness_finds(broken, scenario, found, own_services, tmp_path):
-    module = ("tests.chaos.broken", broken)
+async def test_harness_finds(mutant, scenario, found, own_services, tmp_path):
+    assert mutant in MUTANTS
+    module = ("tests.chaos.broken", mutant)
     verdict = await Run(own_services, BY_NAME[scenario], 1, tmp_path, module=module).perform()
     assert getattr(verdict, found) > 0, str(verdict)

@@ -1,4 +1,4 @@
-"""What the fuzzer feeds the decoders with, and what must hold: for seconds in tests, for minutes in bench/fuzz.py."""
+"""What the decoders are fed, and what must hold: for seconds in tests, for minutes in `make bench-fuzz`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _SEEDS = [GOOD, GOOD_BATCH, *(case.value for case in CASES if case.value and len
 
 @st.composite
 def _damaged(draw: Any) -> bytes:
-    """Something good, or bad in a known way, with some bytes changed, left out or put in."""
+    """Something good, or bad in a known way, with some bytes changed, removed or inserted."""
     raw = bytearray(draw(st.sampled_from(_SEEDS)))
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(raw)))
@@ -55,8 +55,8 @@ def _damaged(draw: Any) -> bytes:
     return bytes(raw)
 
 
-def _dumped(given: Any) -> bytes:
-    return json.dumps(given).encode()
+def _encode_json(value: Any) -> bytes:
+    return json.dumps(value).encode()
 
 
 _REPORTS = st.builds(
@@ -64,11 +64,11 @@ _REPORTS = st.builds(
     st.lists(_ENTRY, max_size=5),
     st.fixed_dictionaries({}, optional={"collected_at": _STAMPS, "agent_id2": _JSON}),
 )
-RECORD_VALUES = st.one_of(st.none(), st.binary(max_size=300), _damaged(), _REPORTS, _REPORTS, _JSON.map(_dumped))
+RECORD_VALUES = st.one_of(st.none(), st.binary(max_size=300), _damaged(), _REPORTS, _REPORTS, _JSON.map(_encode_json))
 
 
 def check_decoders(raw: bytes | None) -> str:
-    """Decode as a report and as a batch: nothing but DecodeError may come out; return what became of the report."""
+    """Decode as a report and as a batch, raising nothing but DecodeError; the report was "decoded" or "refused"."""
     with contextlib.suppress(DecodeError):
         decode_batch(raw)
     try:
@@ -82,7 +82,7 @@ def check_decoders(raw: bytes | None) -> str:
         assert "\0" not in entry.key + entry.value + entry.error
     for moment in (decoded.collected_at, *(entry.collected_at for entry in decoded.entries)):
         assert moment is None or MIN_TIMESTAMP_US <= timestamp_us(moment) <= MAX_TIMESTAMP_US
-    # What was limited once is within the limits: the producer applies them, and the worker again.
+    # Applied twice, by the producer and by the worker, the limits change nothing more.
     assert apply_limits(decoded) is None
     assert decode_report(encode_report(decoded)) == (decoded, None)
     return "decoded"

@@ -18,20 +18,21 @@ from rich.table import Table
 
 from bench.harness import conditions, say, write
 from pipeline.local import PackagedKafka, PackagedPostgres, kafka_classpath
-from tests.chaos.harness import Run, Scenario, Services, Verdict
+from tests.chaos.harness import Run, Scenario, Services
 from tests.chaos.scenarios import SCENARIOS
+from tests.chaos.verdict import Verdict
 
-WIDTH = 120  # what the table takes, on a terminal or not
+WIDTH = 120  # of the table, on a terminal or not
 COUNTED = ("events", "rows", "rows_wrong", "batches_twice", "moves_back", "unnoticed")
 
 
 async def run_all(scenarios: Sequence[Scenario], seeds: Sequence[int], folder: Path) -> tuple[list[Any], list[str]]:
-    """Run each scenario with each seed; return a summary a scenario, and what went wrong or could not run."""
+    """Run each scenario with each seed; return a summary of each, and what went wrong or could not run."""
     summaries, complaints = [], []
     with PackagedKafka(kafka_classpath(say)) as kafka, PackagedPostgres() as postgres:
         services = Services(kafka, postgres)
         for scenario in scenarios:
-            if scenario.needs and (reason := scenario.needs(services)):
+            if scenario.needs and (reason := scenario.needs()):
                 complaints.append(f"{scenario.name} not run: {reason}")
                 continue
             verdicts = []
@@ -69,23 +70,23 @@ def show(summaries: Sequence[dict[str, Any]]) -> None:
     table = Table(title="chaos", padding=0)
     for name in columns:
         table.add_column(name.replace("_", " "), no_wrap=name == "scenario")
-    for item in summaries:
-        table.add_row(*(str(len(item[name]) if name == "seeds" else item[name]) for name in columns))
+    for row in summaries:
+        table.add_row(*(str(len(row[name]) if name == "seeds" else row[name]) for name in columns))
     Console(width=max(WIDTH, Console().width)).print(table)
 
 
-def main(names: str, seed_count: str) -> int:
-    wanted = [name for name in names.split(",") if name]
-    if unknown := sorted(set(wanted) - {scenario.name for scenario in SCENARIOS}):
+def main(names: str = "", seed_count: str = "3") -> int:
+    selected_names = [name for name in names.split(",") if name]
+    if unknown := sorted(set(selected_names) - {scenario.name for scenario in SCENARIOS}):
         say(f"no such scenario: {', '.join(unknown)}; there are {', '.join(scenario.name for scenario in SCENARIOS)}")
         return 2
-    chosen = [scenario for scenario in SCENARIOS if not wanted or scenario.name in wanted]
+    scenarios = [scenario for scenario in SCENARIOS if not selected_names or scenario.name in selected_names]
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    summaries, complaints = asyncio.run(run_all(chosen, range(1, int(seed_count) + 1), folder))
+    summaries, complaints = asyncio.run(run_all(scenarios, range(1, int(seed_count) + 1), folder))
     if summaries:
         show(summaries)
-    if not wanted:
+    if not selected_names:
         result = {
             "benchmark": "chaos",
             **conditions("Apache Kafka and Postgres from packages"),

@@ -1,4 +1,4 @@
-"""Feed the decoders with whatever hypothesis comes up with, for minutes; say how often, and what was found."""
+"""Feed the decoders whatever hypothesis comes up with, for minutes; print how much that was, and what was found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tests.support.strategies import RECORD_VALUES, check_decoders
 
-# Hypothesis varies what it found interesting within one run, and begins anew with the next.
+# Hypothesis varies what it found interesting within one run, and starts over with the next.
 EXAMPLES_A_RUN = 2000
 DAMAGED_A_VALUE = 50
 PIECES = [
@@ -61,18 +61,20 @@ def main() -> None:
         def run(raw: bytes | None, seed: int) -> None:
             for value in (raw, *damaged(raw or b"", seed)):
                 if time.monotonic() > deadline:
-                    return  # what is left of this run passes by
+                    return  # the rest of this run is skipped
                 seen[check_decoders(value)] += 1
             if seen.total() % 1000 < 1 + DAMAGED_A_VALUE:
-                progress.update(task, completed=seconds - max(0.0, deadline - time.monotonic()), description=said(seen))
+                progress.update(
+                    task, completed=seconds - max(0.0, deadline - time.monotonic()), description=summary(seen)
+                )
 
         while time.monotonic() < deadline:
             run()
-    print(f"{said(seen)}; nothing but DecodeError came out, and all that was decoded is within the limits")
+    print(f"{summary(seen)}; nothing but DecodeError was raised, and all that was decoded is within the limits")
 
 
 def damaged(raw: bytes, seed: int) -> Iterator[bytes]:
-    """Change, leave out or put in some bytes: cheaper by far than what hypothesis makes."""
+    """Change, remove or insert some bytes: far cheaper than a new example of hypothesis."""
     dice = random.Random(seed)
     for _ in range(DAMAGED_A_VALUE):
         value = bytearray(raw)
@@ -82,7 +84,7 @@ def damaged(raw: bytes, seed: int) -> Iterator[bytes]:
         yield bytes(value)
 
 
-def said(seen: Counter[str]) -> str:
+def summary(seen: Counter[str]) -> str:
     return f"{seen.total():,} executions: {seen['decoded']:,} decoded, {seen['refused']:,} refused"
 
 
