@@ -169,7 +169,7 @@ def main() -> None:
 
 
 async def forget_progress(url: str) -> None:
-    """Have the same source offsets count anew: each run reads them from the start."""
+    """Have the same source offsets count again: each run reads them from the start."""
     connection = await asyncpg.connect(url)
     await connection.execute("truncate agent_metadata_progress")
     await connection.close()

@@ -1,4 +1,4 @@
-"""How much memory a worker and a sink take at most: 2,000,000 pairs in open windows, and hours of batches in one go.
+"""How much memory a worker and a sink take at most: 2,000,000 pairs in open windows, and hours of batches at once.
 
 The load is 1,000,000 reports of ten keys, five of each of 200,000 agents, into 8 partitions. `worker, default` keeps
 its windows to 50,000 pairs a partition and closes them early. `worker, all pairs` may hold all 2,000,000 at once.
@@ -9,20 +9,25 @@ Peaks are the kernel's own (VmHWM), of one process each.
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 from confluent_kafka import Consumer, Producer, TopicPartition
 from rich.console import Console
 from rich.table import Table
 
 from bench.harness import agent_ids, conditions, say, write
 from pipeline.core.report import Entry, Report, encode_report
-from pipeline.local import start_services
-from pipeline.settings import Settings
-from tests.support.deployment import Deployment, eventually
+from pipeline.kafka.topics import create_topics
+from pipeline.local import LocalServices, start_services
+from pipeline.postgres.migrations import migrate
+from pipeline.settings import PREFIX, Settings, load_settings
 
 AGENTS, KEYS, ROUNDS, PARTITIONS = 200_000, 10, 5, 8
 PAIRS = AGENTS * KEYS
@@ -65,45 +70,76 @@ def lag(settings: Settings, group: str, topic: str) -> int:
         consumer.close()
 
 
-async def run_role(pipeline: Deployment, role: str, group: str, topic: str) -> dict[str, int]:
+def run_role(role: str, options: dict[str, Any]) -> dict[str, int]:
     """Let one process use up its topic; return what it took at its start and at most, in MiB."""
-    process = await pipeline.started(role)
-    at_start = memory_mib(process.pid, "VmRSS")
-    await eventually(f"the {role} is done", lambda: lag(pipeline.settings, group, topic) == 0, WAIT_SECONDS)
-    figures = {"at_start_mib": at_start, "peak_mib": memory_mib(process.pid, "VmHWM")}
-    assert pipeline.stop(process) == 0
+    settings = load_settings(**options)
+    group, topic = {
+        "worker": (settings.worker_group, settings.events_topic),
+        "sink": (settings.sink_group, settings.batches_topic),
+    }[role]
+    deadline = time.monotonic() + WAIT_SECONDS
+    with tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", role], env={**os.environ, **environment_of(options)}, stderr=log
+        )
+        try:
+            at_start = 0
+            while not at_start or lag(settings, group, topic) > 0:
+                text = Path(log.name).read_text(encoding="utf-8")
+                assert process.poll() is None, text
+                assert time.monotonic() < deadline, f"the {role} is not done after {WAIT_SECONDS:.0f} s"
+                if not at_start and '"partitions_assigned"' in text:
+                    at_start = memory_mib(process.pid, "VmRSS")
+                time.sleep(0.1)
+            figures = {"at_start_mib": at_start, "peak_mib": memory_mib(process.pid, "VmHWM")}
+            process.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
     say(f"{role}: {figures}")
     return figures
 
 
-async def measure(services: Any, folder: Path) -> dict[str, dict[str, int]]:
-    common = {"partitions": PARTITIONS, "session_timeout_seconds": 30}
-    # Windows far longer than the run: all pairs are in flight until capacity, or the end of the backlog, closes them.
-    pipeline = Deployment(
-        services.bootstrap_servers, services.database_url, folder, **common, window_seconds=3600, window_capacity=50_000
-    )
-    await pipeline.prepare()
-    settings = pipeline.settings
-    await asyncio.to_thread(produce, settings)
-    figures = {"worker, default": await run_role(pipeline, "worker", settings.worker_group, settings.events_topic)}
-    figures["sink, 10,000,000 rows waiting"] = await run_role(
-        pipeline, "sink", settings.sink_group, settings.batches_topic
-    )
-    # The same events once more, for a group of its own.
-    pipeline.environment["AGENT_METADATA_CONSUMER_GROUP"] = group = "all-pairs"
-    pipeline.environment["AGENT_METADATA_WINDOW_CAPACITY"] = str(PAIRS)
-    figures["worker, all pairs"] = await run_role(pipeline, "worker", f"{group}-worker", settings.events_topic)
-    pipeline.close()
-    return figures
+def environment_of(options: dict[str, Any]) -> dict[str, str]:
+    unprefixed = {"kafka_bootstrap_servers", "database_url"}
+    return {("" if name in unprefixed else PREFIX) + name.upper(): str(value) for name, value in options.items()}
+
+
+def measure(services: LocalServices) -> dict[str, dict[str, int]]:
+    common = {
+        "kafka_bootstrap_servers": services.bootstrap_servers,
+        "database_url": services.database_url,
+        "partitions": PARTITIONS,
+        "session_timeout_seconds": 30,
+        # Far longer than the run: all pairs are in flight until capacity, or the end of the backlog, closes a window.
+        "window_seconds": 3600,
+        "log_format": "json",
+    }
+    settings = load_settings(**common)
+    create_topics(settings.client_config(), settings.declared_topics())
+    asyncio.run(prepare(services.database_url))
+    produce(settings)
+    return {
+        "worker, default": run_role("worker", {**common, "window_capacity": 50_000}),
+        "sink, 10,000,000 rows waiting": run_role("sink", common),
+        # The same events a second time, for a group of its own.
+        "worker, all pairs": run_role("worker", {**common, "window_capacity": PAIRS, "consumer_group": "all-pairs"}),
+    }
+
+
+async def prepare(url: str) -> None:
+    connection = await asyncpg.connect(url)
+    await migrate(connection)
+    await connection.close()
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, start_services("packages", say=say) as services:
-        figures = asyncio.run(measure(services, Path(folder)))
+    with start_services("packages", say=say) as services:
+        figures = measure(services)
         versions = f"{services.broker}; {services.database}"
     table = Table("process", "at start, MiB", "peak, MiB", title="memory")
-    for name, item in figures.items():
-        table.add_row(name, str(item["at_start_mib"]), str(item["peak_mib"]))
+    for process, mib in figures.items():
+        table.add_row(process, str(mib["at_start_mib"]), str(mib["peak_mib"]))
     Console().print(table)
     summary = {"benchmark": "memory", **conditions(versions), "note": __doc__, "pairs": PAIRS, "figures": figures}
     write("memory", summary)
