@@ -41,28 +41,28 @@ def produce(settings, cases):
 @pytest.mark.parametrize("timestamp_type", ["LogAppendTime", "CreateTime"])
 async def test_bad_input_becomes_what_design_says_and_the_rest_is_untouched(deploy, timestamp_type):
     config = {"message.timestamp.type": timestamp_type, "message.timestamp.after.max.ms": str(2**63 - 1)}
-    pipeline = await deploy(topic_configs={"events": config}, partitions=1)
-    settings = pipeline.settings
+    deployment = await deploy(topic_configs={"events": config}, partitions=1)
+    settings = deployment.settings
     cases = [case for case in CASES if case.timestamp_ms is None or timestamp_type == "CreateTime"]
     started = datetime.now(UTC).replace(microsecond=0)  # the broker counts milliseconds
     produce(settings, cases)
-    await pipeline.started("worker")
-    await pipeline.started("sink")
+    await deployment.started("worker")
+    await deployment.started("sink")
     pairs = {(agent_id("good"), f"{number}") for number in range(len(cases))}
     pairs |= {(agent_id(number), key) for number, case in enumerate(cases) for key in case.rows}
 
     async def all_are_there():
-        return (await pipeline.table()).keys() >= pairs
+        return (await deployment.table()).keys() >= pairs
 
     await eventually("all rows are there", all_are_there)
-    table = await pipeline.table()
+    table = await deployment.table()
     assert table.keys() == pairs
     for number, case in enumerate(cases):
         assert table[agent_id("good"), f"{number}"] == ("v", "", T0)
         for key, (value, error, at) in case.rows.items():
-            held = table[agent_id(number), key]
-            assert held[:2] == (value, error)
-            assert held[2] == at or (at is None and started <= held[2] <= datetime.now(UTC))
+            row = table[agent_id(number), key]
+            assert row[:2] == (value, error)
+            assert row[2] == at or (at is None and started <= row[2] <= datetime.now(UTC))
     expected = {2 * number: case.reason for number, case in enumerate(cases) if case.reason}
     await eventually("dead letters are there", lambda: len(dead_letters(settings)) >= len(expected))
     reasons = {int(header(letter, "offset")): header(letter, "exception.message") for letter in dead_letters(settings)}

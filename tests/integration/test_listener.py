@@ -261,7 +261,7 @@ async def proxied(database_url):
             writer.close()
 
 
-async def test_connection_that_falls_silent_is_given_up_and_made_anew(connection, database_url, monkeypatch):
+async def test_connection_that_falls_silent_is_given_up_and_replaced(connection, database_url, monkeypatch):
     monkeypatch.setattr(pipeline.listener, "_KEEPALIVE_SECONDS", 0.1)
     monkeypatch.setattr(pipeline.listener, "_ANSWER_SECONDS", 0.5)
     await write(connection, A1, "old")

@@ -173,7 +173,7 @@ def test_add_cuts_a_value_over_2048_bytes_and_says_so_as_coder_does(producer, se
     assert report.entries == [Entry("k", "v" * MAX_VALUE_BYTES, "value of 2049 bytes exceeded 2048 bytes")]
 
 
-def test_add_of_a_report_too_large_for_a_record_raises_value_error_and_queues_nothing(producer, sent):
+def test_add_of_a_report_too_large_for_a_record_raises_and_queues_nothing(producer, sent):
     keys = [f"k{number}" for number in range(300)]
     with pytest.raises(ValueError, match=r"report of \d+ bytes .* too large"):
         producer.add(A1, keys, ["v" * 2048] * 300, ["e" * 2048] * 300, T0)

@@ -223,7 +223,7 @@ CASES = [
         ],
     ),
     Case(
-        "the timer begins anew at a capacity flush",
+        "the timer restarts at a capacity flush",
         [
             Advance(4),
             Add(1, {"a": "1", "b": "1"}, 4),

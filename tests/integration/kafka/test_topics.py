@@ -26,6 +26,7 @@ from pipeline.kafka.topics import (
     require_topics,
 )
 from pipeline.local import MockBroker
+from tests.support.topics import recreate_topics
 
 pytestmark = pytest.mark.services
 
@@ -130,23 +131,14 @@ def test_require_unequal_partitions_is_refused(kafka, specs):
         asyncio.run(require_topics(kafka, specs, timeout_s=10))
 
 
-def test_topic_made_anew_has_another_id(kafka, specs):
+def test_recreated_topic_has_another_id(kafka, specs):
     create_topics(kafka, specs)
     before = asyncio.run(require_topics(kafka, specs, timeout_s=10))
     assert asyncio.run(require_topics(kafka, specs, timeout_s=10)) == before
-    delete_topics(kafka, {"events": specs["events"]})
-    create_anew(kafka, specs["events"])
+    asyncio.run(recreate_topics(kafka, {"events": specs["events"]}))
     after = asyncio.run(require_topics(kafka, specs, timeout_s=10))
     assert after["events"].topic_id != before["events"].topic_id
     assert after["batches"] == before["batches"]
-
-
-def create_anew(kafka, spec):
-    """Create a topic that was just deleted: until the deletion is through, Kafka may still have the old one."""
-    deadline = time.monotonic() + 30
-    while not create_topics(kafka, {spec.role: spec}):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_delete_of_topics_that_do_not_exist_is_fine(kafka, specs):

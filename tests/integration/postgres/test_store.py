@@ -123,16 +123,16 @@ async def test_apply_range_counts_with_its_last_part_only(store, connection):
     assert set(await table(connection)) == {(A1, "a"), (A1, "b")}
 
 
-async def test_apply_events_topic_made_anew_is_not_skipped(store, connection):
+async def test_apply_of_a_recreated_events_topic_is_not_skipped(store, connection):
     await apply(store, (0, batch(row(value="old"), first=0, last=900)))
     applied = await apply(store, (1, batch(row(value="new", at=1), first=0, last=3, events_id="events-id-2")))
     assert applied.skipped == 0
     assert await table(connection) == {(A1, "k"): ("new", "", 1)}
 
 
-async def test_apply_batches_topic_made_anew_begins_at_0(store, connection):
+async def test_apply_of_a_recreated_batches_topic_begins_at_0(store, connection):
     await apply(store, (0, batch(row(value="old"), first=0)), (1, batch(row(value="old"), first=1)))
-    await apply(store, (0, batch(row(value="new", at=1), first=2)), target=BATCHES._replace(topic_id="anew"))
+    await apply(store, (0, batch(row(value="new", at=1), first=2)), target=BATCHES._replace(topic_id="recreated"))
     assert await table(connection) == {(A1, "k"): ("new", "", 1)}
 
 

@@ -11,9 +11,10 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from pipeline.core.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
-from pipeline.kafka.topics import create_topics, delete_topics, load_topic_specs
+from pipeline.kafka.topics import load_topic_specs
 from pipeline.local import MockBroker
 from tests.support.deployment import NONESUCH_MISSING, Deployment, eventually
+from tests.support.topics import recreate_topics
 
 pytestmark = pytest.mark.services
 
@@ -172,7 +173,7 @@ async def test_killed_replay_goes_on_from_its_file_and_ends_in_the_same_table(de
     assert await pipeline.table() == expected
 
 
-async def test_replay_beside_live_load_moves_no_row_back_and_touches_neither_group_nor_progress(deploy):
+async def test_replay_beside_live_load_moves_no_row_back_nor_touches_group_or_progress(deploy):
     pipeline = await deploy(window_seconds=0.3)
     old = produce(pipeline, 50, age=2 * HOUR)
     async with pipeline.connection() as connection:
@@ -295,13 +296,8 @@ async def test_file_of_another_replay_or_topic_is_refused(deploy, tmp_path):
     assert "of another replay" in await refused(pipeline, *resume, "--source", "batches", code=2)
     assert "of another replay" in await refused(pipeline, *resume, "--key", "cpu", code=2)
     specs = load_topic_specs(names=pipeline.settings.topic_names, partitions=4)
-    delete_topics(pipeline.settings.client_config(), specs)
-    await eventually("topics are made anew", lambda: made_anew(pipeline, specs))
+    await recreate_topics(pipeline.settings.client_config(), specs)
     assert "delete the file, begin anew" in await refused(pipeline, *resume, code=2)
     file.write_text("{}")
     assert "is not the file of a replay" in await refused(pipeline, *resume, code=2)
     assert "can't be written" in await refused(pipeline, "--from", "1h ago", "--resume", "/nonesuch/file", code=2)
-
-
-def made_anew(pipeline, specs):
-    return set(create_topics(pipeline.settings.client_config(), specs)) == set(pipeline.settings.topic_names.values())

@@ -123,7 +123,7 @@ async def test_watchers_get_what_changed_while_the_listener_was_cut_off(serve, c
         await next_value(stream, "live")
 
 
-async def test_stream_ends_with_its_process_and_begins_anew_with_the_next(serve, connection):
+async def test_stream_ends_with_its_process_and_starts_over_with_the_next(serve, connection):
     await change(connection, A1, "k", "old")
     port = free_port()
     server = await serve(port).ready()

@@ -28,7 +28,7 @@ async def test_token_is_asked_for_with_the_scope_and_kept_while_it_is_good():
     assert [request["form"] for request in server.requests] == ["grant_type=client_credentials&scope=kafka"]
 
 
-async def test_token_that_is_soon_over_is_fetched_anew():
+async def test_token_that_is_about_to_expire_is_fetched_again():
     with token_server(life_seconds=0) as server:
         tokens = provider(server.url)
         await tokens.token()

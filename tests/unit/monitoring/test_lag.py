@@ -175,7 +175,7 @@ async def test_records_that_wait_behind_the_consumer_are_lag_and_not_stuck(topic
     assert topic.lags[0].records == 5
 
 
-async def test_partition_that_comes_back_starts_anew(topic):
+async def test_partition_that_comes_back_starts_over(topic):
     topic.offsets = {0: (0, 5)}
     await topic.pass_time(STUCK_SECONDS - LOOK_SECONDS)
     topic.positions = {}

@@ -201,7 +201,7 @@ def test_replay_of_batches_takes_the_newest_row_of_each_pair_and_the_later_on_a_
     assert (summary.records, summary.entries, summary.dead, summary.pairs) == (3, 5, 2, 2)
 
 
-def test_stopped_replay_has_done_whole_partitions_and_counts_as_one_run_when_it_goes_on():
+def test_stopped_replay_has_done_whole_partitions_and_resumes_as_one_run():
     some = [(agent, 1, dict.fromkeys(KEYS, "v")) for agent in AGENTS]
     topic, table, summary, done = Topic(keyed(some)), Table(), Summary(), []
 
