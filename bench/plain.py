@@ -55,7 +55,7 @@ def fold(messages: Sequence[Any], newest: Newest) -> int:
         for entry in report.entries:
             count += 1
             pair = (agent_id, entry.key)
-            held = newest.get(pair)
-            if held is None or collected_at >= held[0]:
+            before = newest.get(pair)
+            if before is None or collected_at >= before[0]:
                 newest[pair] = (collected_at, entry.value, entry.error)
     return count

@@ -108,8 +108,8 @@ def freshness(environment: dict[str, str], while_running: Any) -> list[float]:
             watching.wait()
         lines.seek(0)
         changes = [json.loads(line) for line in lines if line.endswith("}\n")]
-    told = [change for change in changes if change["notified_at"] is not None]
-    return [change["notified_at"] - datetime.fromisoformat(change["collected_at"]).timestamp() for change in told]
+    notified = [change for change in changes if change["notified_at"] is not None]
+    return [change["notified_at"] - datetime.fromisoformat(change["collected_at"]).timestamp() for change in notified]
 
 
 def live(environment: dict[str, str], url: str) -> dict[str, list[float]]:
@@ -208,8 +208,8 @@ def healed(environment: dict[str, str], url: str) -> float:
 
 async def crash(url: str) -> float:
     connection = await asyncpg.connect(url)
-    found = "select pid from pg_stat_activity where application_name = 'agent-metadata-sink' limit 1"
-    while (pid := await connection.fetchval(found)) is None:
+    query = "select pid from pg_stat_activity where application_name = 'agent-metadata-sink' limit 1"
+    while (pid := await connection.fetchval(query)) is None:
         await asyncio.sleep(0.1)
     os.kill(pid, signal.SIGKILL)
     began = time.monotonic()

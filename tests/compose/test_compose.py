@@ -1,4 +1,4 @@
-"""docker-compose.yml brought up for real, and the demo's oracle held against what it serves."""
+"""docker-compose.yml on a real engine: what it serves is compared with the demo's oracle."""
 
 import json
 import os
@@ -122,5 +122,5 @@ def test_what_is_served_in_the_end_is_what_the_agents_reported(compose, tmp_path
 def test_logs_are_free_of_errors(compose):
     lines = compose("logs", "--no-color", *OURS, "postgres").splitlines()
     assert len(lines) > 10
-    # Kafka's own log is left out: it calls it an error when a loaded machine makes it slow.
+    # Kafka's own log is left out: it reports it as an error when a loaded machine makes it slow.
     assert [line for line in lines if re.search(r"\berror\b|ERROR|FATAL|PANIC|Traceback|Exception", line)] == []

@@ -1,4 +1,4 @@
-"""The Grafana dashboard and the alert rules: what they name is exported, and Prometheus's own tool finds them right."""
+"""The Grafana dashboard and the alert rules: what they name is exported, and promtool accepts them."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from pipeline.monitoring.metrics import Hop, ListenerMetrics, ServeMetrics, Sink
 from tests.conftest import unavailable
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
-# The suffixes that samples of a type bear.
+# The suffixes of a type's samples.
 SUFFIXES = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
 
 

@@ -44,7 +44,7 @@ def records(servers, topic):
     consumer = Consumer({"bootstrap.servers": servers, "group.id": topic, "enable.partition.eof": True})
     try:
         consumer.assign([TopicPartition(topic, number, 0) for number in range(PARTITIONS)])
-        found, ended, deadline = [], 0, time.monotonic() + 30
+        messages, ended, deadline = [], 0, time.monotonic() + 30
         while ended < PARTITIONS:
             assert time.monotonic() < deadline, "the topic's ends were not reached"
             record = consumer.poll(1)
@@ -53,10 +53,10 @@ def records(servers, topic):
             if record.error():
                 ended += 1
             else:
-                found.append(record)
+                messages.append(record)
     finally:
         consumer.close()
-    return sorted(found, key=lambda record: (record.partition(), record.offset()))
+    return sorted(messages, key=lambda record: (record.partition(), record.offset()))
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def dropped_keys(registry):
 
 @pytest.fixture
 def full():
-    """A producer whose queue holds one report and is full, and its registry."""
+    """A producer whose queue, of one report, is full; and its registry."""
     registry = CollectorRegistry()
     producer = MetadataProducer(NOBODY, registry=registry, max_queued_reports=1)
     assert producer.add(A1, ["k"], ["v"], [""]) is True
@@ -270,7 +270,7 @@ def test_report_that_kafka_refuses_is_counted_and_logged(bootstrap_servers):
     assert (producer.flush(), producer.close()) == (0, 1)
 
 
-def test_what_is_dropped_is_told_to_the_logger_that_was_given():
+def test_what_is_dropped_is_logged_by_the_logger_that_was_given():
     with capture_logs() as logs:
         logger = structlog.get_logger("of-the-test").bind(service="agents")
         producer = MetadataProducer(NOBODY, logger=logger, max_queued_reports=1)

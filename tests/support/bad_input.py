@@ -1,4 +1,4 @@
-"""Bad input as data: what a record holds, and the rows or the reason that come of it. DESIGN.md has the table."""
+"""Bad input as data: what a record holds, and the rows or the reason it leads to. DESIGN.md has the table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from pipeline.core.report import Entry, Report, encode_report
 
-# The agent of every case below; the tests that need an agent a case put another id of the same length there.
+# The agent of every case below; tests that need one agent per case replace it by another id of the same length.
 AGENT = str(uuid.UUID(int=1))
 OTHER = str(uuid.UUID(int=2))
 YEAR_1 = datetime.min.replace(tzinfo=UTC)

@@ -12,29 +12,29 @@ OTHER_UNITS = re.compile(
 
 
 def families(text):
-    """Parse an exposition; return its families but Python's own `_created` gauges."""
+    """Parse an exposition; return its families without the `_created` gauges of Python's client."""
     return [family for family in text_string_to_metric_families(text) if not family.name.endswith("_created")]
 
 
 def breaches(text):
-    """Return what in an exposition breaks the rules."""
-    found = []
+    """Return in what an exposition breaks the rules, a line each."""
+    problems = []
     for family in families(text):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", family.name):
-            found.append(f"{family.name}: characters")
+            problems.append(f"{family.name}: characters")
         if family.type not in ("counter", "gauge", "histogram"):
-            found.append(f"{family.name}: is a {family.type}")
+            problems.append(f"{family.name}: is a {family.type}")
         if not family.documentation:
-            found.append(f"{family.name}: no help")
+            problems.append(f"{family.name}: no help")
         if OTHER_UNITS.search(family.name):
-            found.append(f"{family.name}: no base unit")
+            problems.append(f"{family.name}: no base unit")
         if family.name.endswith(RESERVED_ENDINGS):
-            found.append(f"{family.name}: ends as a {family.type} must not")
+            problems.append(f"{family.name}: ends as a {family.type} must not")
         if family.type == "counter":
-            found += [f"{s.name}: no _total" for s in family.samples if not s.name.endswith(("_total", "_created"))]
+            problems += [f"{s.name}: no _total" for s in family.samples if not s.name.endswith(("_total", "_created"))]
         for sample in family.samples:
-            found += [f"{family.name}: label {label}" for label in sample.labels if label not in KNOWN_LABELS]
-    return found
+            problems += [f"{family.name}: label {label}" for label in sample.labels if label not in KNOWN_LABELS]
+    return problems
 
 
 # Each bounded: by the code, by the topic's partitions, or by the buckets.
