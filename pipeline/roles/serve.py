@@ -36,7 +36,8 @@ async def run_serve(settings: Settings) -> None:
         PipelineError: Postgres refuses the listener for good.
     """
     try:
-        from pipeline.serve.api import LiveServer, listen, serve
+        from pipeline.serve.api import LiveServer
+        from pipeline.serve.http import listen, serve
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{error.name} is not installed: pip install 'agent-metadata-pipeline[serve]' for `serve`"

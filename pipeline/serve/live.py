@@ -1,4 +1,4 @@
-"""The rows as they are now, in memory, for any number of watchers; no I/O, and no clock but what its caller brings."""
+"""The current rows, in memory, for any number of watchers; no I/O, and no clock but the times its callers pass in."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from datetime import datetime
 from typing import Final
 from uuid import UUID
 
-# A pair counts as stale when it is this many times as old as its usual interval.
+# A pair counts as stale at this many times its usual interval.
 STALE_INTERVALS: Final = 3
-# A pair is not called stale sooner: arrival takes a window and some more.
-_LEAST_STALE_SECONDS: Final = 5.0
-# As long as only one report of a pair was seen, nobody knows its interval: then after this.
+# But not before this: an entry arrives a window late, and a little more.
+_MIN_STALE_SECONDS: Final = 5.0
+# For a pair of which only one report was seen, so that its interval is not known.
 _UNKNOWN_STALE_SECONDS: Final = 180.0
-# The weight of the latest interval in the usual one: some five intervals decide.
+# The weight of the latest interval in the usual one, which so follows the last five or so.
 _WEIGHT: Final = 0.3
 
 
 class LiveRow:
-    """A row as it is now. `version` says when it changed last, in the table's own count."""
+    """A row as it is now; `version` is the table's version at its last change."""
 
     __slots__ = ("agent_id", "collected_at", "error", "interval", "key", "notified_at", "value", "version")
 
@@ -39,10 +39,10 @@ class LiveRow:
         """The age from which this row counts as stale."""
         if self.interval is None:
             return _UNKNOWN_STALE_SECONDS
-        return max(_LEAST_STALE_SECONDS, STALE_INTERVALS * self.interval)
+        return max(_MIN_STALE_SECONDS, STALE_INTERVALS * self.interval)
 
     def learn_interval(self, collected_at: datetime) -> None:
-        """Take the time since the last report into the usual interval; one long silence moves it little."""
+        """Average the time since the last report into the usual interval; a single long silence moves it little."""
         step = (collected_at - self.collected_at).total_seconds()
         if step <= 0:
             return
@@ -51,9 +51,9 @@ class LiveRow:
 
 
 class Watcher:
-    """What one client has seen so far, and an event that tells of more.
+    """What one client has seen so far, and an event that is set when there is more.
 
-    It queues nothing: a client that reads slowly gets the latest values when it does, and costs no memory meanwhile.
+    Nothing is queued: a client that reads slowly gets the latest values when it reads, and costs no memory meanwhile.
     """
 
     def __init__(self, table: LiveTable, agent_ids: Collection[UUID] | None, since: int) -> None:
@@ -63,7 +63,7 @@ class Watcher:
         self._table = table
 
     def take(self) -> list[tuple[int, LiveRow]]:
-        """Return the rows that changed since the last call, each with its version, the oldest change first."""
+        """Return the rows that changed since the last call, each with its version, oldest change first."""
         self.changed.clear()
         rows = sorted((row.version, row) for row in self._table.newer(self.seen, self.agent_ids))
         self.seen = self._table.version
@@ -75,7 +75,7 @@ class Watcher:
 
 
 class LiveTable:
-    """All rows, and who watches them. A change reaches its agent's watchers by one look-up."""
+    """All rows and their watchers; a change finds its agent's watchers in one look-up."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -86,7 +86,7 @@ class LiveTable:
     def change(
         self, agent_id: UUID, key: str, value: str, error: str, collected_at: datetime, notified_at: float | None
     ) -> None:
-        """Take a row as it is now; `notified_at` is in seconds since the Unix epoch, None for a row that was read."""
+        """Set a row; `notified_at` is in seconds since the Unix epoch, None for a row read without a notification."""
         rows = self._agents.setdefault(agent_id, {})
         row = rows.get(key)
         if row is None:
@@ -98,16 +98,16 @@ class LiveTable:
         self.version += 1
         row.version, row.notified_at = self.version, notified_at
         row.value, row.error, row.collected_at = value, error, collected_at
-        for watched in (agent_id, None):
-            for watcher in self._watchers.get(watched, ()):
+        for watchers in (self._watchers.get(agent_id, ()), self._watchers.get(None, ())):
+            for watcher in watchers:
                 watcher.changed.set()
 
     def row(self, agent_id: UUID, key: str) -> LiveRow | None:
-        """Return one row, if there is one."""
+        """Return a row, or None."""
         return self._agents.get(agent_id, {}).get(key)
 
     def newer(self, version: int, agent_ids: Collection[UUID] | None) -> Iterator[LiveRow]:
-        """Iterate the rows, of some agents or of all (None), that changed after `version`."""
+        """Iterate over the rows of some agents, or of all (None), that changed after `version`."""
         if agent_ids is None:
             for row in reversed(self._by_version):
                 if row.version <= version:
@@ -120,22 +120,22 @@ class LiveTable:
                     yield row
 
     def watch(self, agent_ids: Collection[UUID] | None, since: int = 0) -> Watcher:
-        """Watch some agents, or all (None), from a version on; `unwatch` ends it."""
+        """Watch some agents, or all (None), from a version on, until `unwatch`."""
         watcher = Watcher(self, agent_ids, since)
-        for watched in (None,) if agent_ids is None else agent_ids:
-            self._watchers.setdefault(watched, set()).add(watcher)
+        for agent_id in (None,) if agent_ids is None else agent_ids:
+            self._watchers.setdefault(agent_id, set()).add(watcher)
         return watcher
 
     def unwatch(self, watcher: Watcher) -> None:
-        """Forget a watcher."""
-        for watched in (None,) if watcher.agent_ids is None else watcher.agent_ids:
-            watchers = self._watchers[watched]
+        """Remove a watcher."""
+        for agent_id in (None,) if watcher.agent_ids is None else watcher.agent_ids:
+            watchers = self._watchers[agent_id]
             watchers.discard(watcher)
             if not watchers:
-                del self._watchers[watched]
+                del self._watchers[agent_id]
 
     def wake_all(self) -> None:
-        """Wake every watcher, for the end."""
+        """Wake every watcher, so that streams notice a shutdown."""
         for watchers in self._watchers.values():
             for watcher in watchers:
                 watcher.changed.set()

@@ -15,7 +15,8 @@ import aiohttp
 from prometheus_client import CollectorRegistry
 
 from pipeline.monitoring.metrics import Freshness
-from pipeline.serve.api import LiveServer, listen, serve
+from pipeline.serve.api import LiveServer
+from pipeline.serve.http import listen, serve
 from pipeline.serve.live import LiveTable
 
 WAIT_SECONDS = 30.0

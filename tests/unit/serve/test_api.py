@@ -9,9 +9,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-import pipeline.serve.api
+import pipeline.serve.http
+import pipeline.serve.streams
 from pipeline.errors import ConfigError, ServiceUnavailable
-from pipeline.serve.api import listen
+from pipeline.serve.http import listen
 from tests.support.serving import WAIT_SECONDS, get, serving, watching
 
 A1, A2, A3 = (uuid.UUID(int=number) for number in (1, 2, 3))
@@ -19,7 +20,7 @@ A1, A2, A3 = (uuid.UUID(int=number) for number in (1, 2, 3))
 
 @pytest.fixture(autouse=True)
 def _events_come_fast(monkeypatch):
-    monkeypatch.setattr(pipeline.serve.api, "_EVENT_SECONDS", 0.02)
+    monkeypatch.setattr(pipeline.serve.streams, "_EVENT_SECONDS", 0.02)
 
 
 async def test_agent_is_read_from_the_store_with_its_age():
@@ -100,7 +101,7 @@ async def test_agent_that_has_no_metadata_yet_can_be_watched():
 
 
 async def test_changes_come_no_faster_than_their_pace_and_end_with_the_last_value(monkeypatch):
-    monkeypatch.setattr(pipeline.serve.api, "_EVENT_SECONDS", 0.5)
+    monkeypatch.setattr(pipeline.serve.streams, "_EVENT_SECONDS", 0.5)
     async with serving() as server:
         server.change(A1, "n", "0")
         async with watching(server.url, f"/agents/{A1}/metadata/watch") as stream:
@@ -115,7 +116,7 @@ async def test_changes_come_no_faster_than_their_pace_and_end_with_the_last_valu
 
 
 async def test_snapshot_is_sent_again_so_that_ages_stay_true(monkeypatch):
-    monkeypatch.setattr(pipeline.serve.api, "_RESEND_SECONDS", 0.3)
+    monkeypatch.setattr(pipeline.serve.streams, "_RESEND_SECONDS", 0.3)
     async with serving() as server:
         server.change(A1, "cpu", "1%", ago=100)
         async with watching(server.url, f"/agents/{A1}/metadata/watch") as stream:
@@ -152,15 +153,16 @@ async def test_event_id_from_the_future_misses_nothing_later():
     async with serving() as server:
         server.change(A1, "cpu", "1%")
         path = f"/agents/{A1}/metadata/watch"
-        event_id = f"{server.server._run_id}-999999"
-        async with watching(server.url, path, Last_Event_ID=event_id) as stream:
+        async with watching(server.url, path) as stream:
+            run_id = (await stream.next()).id.partition("-")[0]
+        async with watching(server.url, path, Last_Event_ID=f"{run_id}-999999") as stream:
             await stream.next()
             server.change(A1, "cpu", "2%")
             assert (await stream.next()).values() == {"cpu": "2%"}
 
 
 async def test_everyone_is_watched_in_events_of_bounded_size(monkeypatch):
-    monkeypatch.setattr(pipeline.serve.api, "_EVENT_ROWS", 10)
+    monkeypatch.setattr(pipeline.serve.streams, "_EVENT_ROWS", 10)
     agents = [uuid.UUID(int=number) for number in range(25)]
     async with serving() as server:
         for agent in agents:
@@ -180,7 +182,7 @@ async def test_everyone_is_watched_in_events_of_bounded_size(monkeypatch):
 
 
 async def test_stream_of_everyone_says_the_time_when_nothing_changes(monkeypatch):
-    monkeypatch.setattr(pipeline.serve.api, "_RESEND_SECONDS", 0.3)
+    monkeypatch.setattr(pipeline.serve.streams, "_RESEND_SECONDS", 0.3)
     async with serving() as server:
         server.change(A1, "k", "v")
         async with watching(server.url, "/metadata/watch") as stream:
@@ -223,8 +225,8 @@ async def test_server_that_stops_ends_its_streams():
 
 
 async def test_client_that_stops_reading_is_cut_off_and_the_others_go_on(monkeypatch):
-    monkeypatch.setattr(pipeline.serve.api, "_STALLED_SECONDS", 2)
-    monkeypatch.setattr(pipeline.serve.api, "_SEND_BUFFER_BYTES", 8192)
+    monkeypatch.setattr(pipeline.serve.http, "_STALLED_SECONDS", 2)
+    monkeypatch.setattr(pipeline.serve.http, "_SEND_BUFFER_BYTES", 8192)
     async with serving() as server:
         server.change(A1, "k", "0")
         stuck = socket.socket()
