@@ -20,9 +20,10 @@ from pipeline.errors import ConfigError, ServiceUnavailable
 from pipeline.kafka.topics import TopicFacts, require_topics
 from pipeline.postgres.connections import connected
 from pipeline.postgres.migrations import require_schema
-from pipeline.replay.plan import Range, ReplayPlan, load_plan, save_plan
+from pipeline.replay.folds import ReplaySource
+from pipeline.replay.plan import ReplayPlan, load_plan, save_plan
 from pipeline.replay.refill import chunk_reader, find_ranges, refill, replay_store, wire_replay
-from pipeline.replay.replay import Filter, Interrupted, Replay, ReplaySource, Summary
+from pipeline.replay.replay import Interrupted, PairFilter, Replay, Summary
 from pipeline.roles.process import tune_garbage_collector
 from pipeline.settings import Settings
 
@@ -74,7 +75,7 @@ def replay(
     settings = command_settings()
     if dry_run and resume:
         raise ConfigError("--dry-run changes nothing, so there is nothing to --resume: leave one of them away")
-    only = Filter(canonical_agents(agents), frozenset(keys or ()))
+    only = PairFilter(canonical_agents(agents), frozenset(keys or ()))
     plan = load_plan(resume) if resume else None
     if plan is None:
         plan = _new_plan(start, end, source or "events", only)
@@ -89,7 +90,7 @@ def replay(
     _show(run.summary(), as_json=as_json)
 
 
-def _new_plan(start: str | None, end: str, source: ReplaySource, only: Filter) -> ReplayPlan:
+def _new_plan(start: str | None, end: str, source: ReplaySource, only: PairFilter) -> ReplayPlan:
     now = datetime.now(UTC)
     if start is None:
         raise ConfigError("say which range: --from T [--to T], as --from '2h ago'")
@@ -101,7 +102,7 @@ def _new_plan(start: str | None, end: str, source: ReplaySource, only: Filter) -
     return ReplayPlan(source, "", "", began, ends, sorted(only.agent_ids), sorted(only.keys), ranges=[])
 
 
-def _require_same(plan: ReplayPlan, source: ReplaySource | None, only: Filter, file: Path | None) -> None:
+def _require_same(plan: ReplayPlan, source: ReplaySource | None, only: PairFilter, file: Path | None) -> None:
     """Refuse options that ask for another replay than the file's; --from and --to are the file's in any case."""
     asked = (source or plan.source, only if only else plan.only)
     if asked != (plan.source, plan.only):
@@ -134,7 +135,7 @@ class _Run:
         ):
             started = time.monotonic()
             with _progress() as bar:
-                task = bar.add_task("replaying", total=sum(item.end - item.start for item in plan.left))
+                task = bar.add_task("replaying", total=sum(offsets.length for offsets in plan.left))
                 job = wire_replay(
                     self._settings,
                     plan.source,
@@ -176,7 +177,7 @@ class _Run:
         if any(item.is_cut for item in found):
             errors.print(f"records of the range may be gone: retention has deleted the oldest of {topic.name}")
         plan.topic, plan.topic_id = topic.name, topic.topic_id
-        plan.ranges = [Range(item.partition, item.start, item.end) for item in found]
+        plan.ranges = found
 
     def _done(self, partition: int) -> None:
         self._plan.done.append(partition)

@@ -76,15 +76,15 @@ def dead_letters(
     reader = RangeReader(settings.client_config(), topic)
     try:
         ranges = reader.between(range(partitions), None, None)
-        total, done = sum(item.end - item.start for item in ranges), 0
+        total, done = sum(offsets.length for offsets in ranges), 0
 
         def on_read(records: int) -> None:
             nonlocal done
             done += records
             on_progress(done, total)
 
-        for item in ranges:
-            for message in reader.records(item, on_read):
+        for offsets in ranges:
+            for message in reader.records(offsets, on_read):
                 letter = dead_letter_of(message)
                 if chosen.matches(letter):
                     yield letter

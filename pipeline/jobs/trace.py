@@ -112,7 +112,7 @@ def _newest_event(
             if start == item.start:
                 del ends[number]
             else:
-                ends[number] = item._replace(end=start)
+                ends[number] = OffsetRange(number, item.start, start)
         if newest is not None:
             return newest
         block *= _BLOCK_GROWTH

@@ -15,6 +15,7 @@ from aiokafka.errors import ClusterAuthorizationFailedError, KafkaError, TopicAu
 from pipeline.core.record import Record
 from pipeline.errors import ConfigError, ServiceUnavailable
 from pipeline.kafka.chunks import FETCH_BYTES, Chunk, fetch_in_chunks
+from pipeline.kafka.range_reader import OffsetRange
 
 _READ_SECONDS: Final = 0.2
 # aiokafka tries again for ever by itself; a person who waits wants to know.
@@ -70,13 +71,13 @@ class ChunkReader:
         """Let go of the connections."""
         await self._consumer.stop()
 
-    def open(self, partition: int, start: int, end: int) -> None:
-        """Begin with offsets `start` up to, not including, `end`; what was left of the range before is dropped."""
-        self._partition = TopicPartition(self.topic, partition)
-        self.position, self._end = start, end
+    def open(self, offsets: OffsetRange) -> None:
+        """Begin with a range; what was left of the one before is dropped."""
+        self._partition = TopicPartition(self.topic, offsets.partition)
+        self.position, self._end = offsets.start, offsets.end
         self._heard_at = time.monotonic()
         self._consumer.assign([self._partition])
-        self._consumer.seek(self._partition, start)
+        self._consumer.seek(self._partition, offsets.start)
 
     @property
     def is_done(self) -> bool:

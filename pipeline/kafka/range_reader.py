@@ -6,8 +6,9 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
+import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from pipeline.errors import ConfigError, ServiceUnavailable
@@ -21,16 +22,21 @@ _BUFFER_KILOBYTES: Final = 64 * 1024
 _REFUSALS: Final = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED)
 
 
-class OffsetRange(NamedTuple):
+class OffsetRange(msgspec.Struct, frozen=True, omit_defaults=True):
     """Offsets `start` up to, not including, `end` of a partition.
 
-    `is_cut`: retention has deleted records before `start`, which may have been of the range's time.
+    `is_cut`: retention has deleted records before `start` that may have belonged to the range.
     """
 
     partition: int
     start: int
     end: int
     is_cut: bool = False
+
+    @property
+    def length(self) -> int:
+        """How many offsets it spans; after compaction, or with transactions, there may be fewer records."""
+        return self.end - self.start
 
 
 class RangeReader:

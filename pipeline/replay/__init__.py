@@ -1,1 +1,1 @@
-"""A range of a topic -> Postgres, again; beside the live pipeline, by the strict guard."""
+"""A range of a topic -> Postgres, again: beside the live pipeline, and only over older rows."""

@@ -1,4 +1,4 @@
-"""The file that an interrupted replay goes on from: what was asked for, and which partitions are done."""
+"""The file an interrupted replay resumes from: what was asked for, and which partitions are done."""
 
 from __future__ import annotations
 
@@ -10,23 +10,17 @@ from typing import Final
 import msgspec
 
 from pipeline.errors import ConfigError
-from pipeline.replay.replay import Filter, ReplaySource, Summary
+from pipeline.kafka.range_reader import OffsetRange
+from pipeline.replay.folds import ReplaySource
+from pipeline.replay.replay import PairFilter, Summary
 
 _VERSION: Final = 1
-
-
-class Range(msgspec.Struct, frozen=True):
-    """Offsets `start` up to, not including, `end` of a partition."""
-
-    partition: int
-    start: int
-    end: int
 
 
 class ReplayPlan(msgspec.Struct):
     """A replay with its offsets fixed, so that a second run reads what the first would have read.
 
-    `end` None: the topic's end when it began.
+    `end` None: the topic's end when the replay began. `done` holds partitions.
     """
 
     source: ReplaySource
@@ -36,32 +30,32 @@ class ReplayPlan(msgspec.Struct):
     end: datetime | None
     agent_ids: list[str]
     keys: list[str]
-    ranges: list[Range]
+    ranges: list[OffsetRange]
     done: list[int] = []
     summary: Summary = msgspec.field(default_factory=Summary)
     version: int = _VERSION
 
     @property
-    def only(self) -> Filter:
-        """Which pairs are asked for."""
-        return Filter(frozenset(self.agent_ids), frozenset(self.keys))
+    def only(self) -> PairFilter:
+        """Which pairs to replay."""
+        return PairFilter(frozenset(self.agent_ids), frozenset(self.keys))
 
     @property
-    def left(self) -> list[Range]:
-        """The partitions that are still to be replayed."""
-        return [item for item in self.ranges if item.partition not in self.done]
+    def left(self) -> list[OffsetRange]:
+        """The ranges of the partitions that are not done."""
+        return [offsets for offsets in self.ranges if offsets.partition not in self.done]
 
 
 def save_plan(plan: ReplayPlan, file: Path) -> None:
-    """Write the file, whole or not at all.
+    """Write the file, atomically.
 
     Raises:
-        ConfigError: it can't be written there.
+        ConfigError: the file can't be written.
     """
-    beside = file.with_name(f"{file.name}.new")
+    draft = file.with_name(f"{file.name}.new")
     try:
-        beside.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
-        os.replace(beside, file)
+        draft.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
+        os.replace(draft, file)
     except OSError as error:
         raise ConfigError(f"--resume {file} can't be written: {error.strerror}") from None
 
@@ -70,7 +64,7 @@ def load_plan(file: Path) -> ReplayPlan | None:
     """Read the file; None if there is none.
 
     Raises:
-        ConfigError: it can't be read, or is no such file.
+        ConfigError: the file can't be read, or is not a replay's.
     """
     try:
         plan = msgspec.json.decode(file.read_bytes(), type=ReplayPlan)
@@ -81,5 +75,5 @@ def load_plan(file: Path) -> ReplayPlan | None:
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConfigError(f"--resume {file} is not the file of a replay: {error}") from None
     if plan.version != _VERSION:
-        raise ConfigError(f"--resume {file} is of version {plan.version}; this program writes {_VERSION}")
+        raise ConfigError(f"--resume {file} has version {plan.version}; this program reads version {_VERSION}")
     return plan

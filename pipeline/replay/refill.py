@@ -1,10 +1,11 @@
-"""Wire the operator's jobs from settings: replay, refill."""
+"""Wire a replay from settings; refill an emptied table."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 import structlog
 
@@ -17,30 +18,18 @@ from pipeline.kafka.credentials import aiokafka_security
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
 from pipeline.kafka.topics import TopicFacts, require_topics
 from pipeline.postgres.store import Store
-from pipeline.replay.replay import (
-    EVERYTHING,
-    BatchesFold,
-    EventsFold,
-    Filter,
-    Fold,
-    Pace,
-    Replay,
-    ReplaySource,
-    Summary,
-)
+from pipeline.replay.folds import BatchesFold, EventsFold, Fold, ReplaySource
+from pipeline.replay.pace import Pace
+from pipeline.replay.replay import EVERYTHING, PairFilter, Replay, Summary
 from pipeline.settings import Settings
 
 _log = structlog.get_logger(__name__)
 
 
-def nothing_happened(_: int) -> None:
-    """Ignore progress."""
-
-
 async def find_ranges(
     settings: Settings, topic: TopicFacts, start_ms: int | None = None, end_ms: int | None = None
 ) -> list[OffsetRange]:
-    """Find what arrived in a topic in [start_ms, end_ms); see RangeReader.between."""
+    """Find what was appended to a topic in [start_ms, end_ms); see RangeReader.between."""
     async with RangeReader(settings.client_config(), topic.name) as reader:
         return await asyncio.to_thread(reader.between, range(topic.partitions), start_ms, end_ms)
 
@@ -52,7 +41,7 @@ def chunk_reader(settings: Settings, topic: TopicFacts) -> ChunkReader:
 
 @contextlib.asynccontextmanager
 async def replay_store(settings: Settings, *, notify: bool, connections: int = 1) -> AsyncIterator[Store]:
-    """Open a store of its own, so that a replay doesn't take the connections that the live sink needs."""
+    """Open a store for a replay alone, so that it doesn't take connections from the live sink."""
     store = await Store.connect(
         settings.database_url.get_secret_value(),
         connections=connections,
@@ -72,63 +61,67 @@ def wire_replay(
     reader: ChunkReader,
     store: Store,
     *,
-    only: Filter = EVERYTHING,
+    only: PairFilter = EVERYTHING,
     is_dry_run: bool = False,
     rate: float | None = None,
-    on_read: Callable[[int], None] = nothing_happened,
+    on_read: Callable[[int], None] = lambda _: None,
 ) -> Replay:
-    """Make a replay of what `reader` reads, in the ranges that `run` is given."""
-    agent_ids = AgentIds()
-
-    def new_fold(capacity: int) -> Fold:
-        if source == "events":
-            return EventsFold(capacity, settings.max_clock_skew, agent_ids)
-        return BatchesFold(capacity, agent_ids)
-
-    async def log_refused(row: Row, error: RowRejected) -> Awaitable[None]:
-        _log.warning("row_rejected", agent_id=row.agent_id, key=row.key, sqlstate=error.sqlstate)
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        done.set_result(None)  # no dead letter: the topic has it
-        return done
-
+    """Make a replay of the topic that `reader` reads; `rate` is in records, or rows, a second."""
     return Replay(
         reader,
-        new_fold=new_fold,
-        write=store.count_replay if is_dry_run else lambda rows: store.replay(rows, log_refused),
+        new_fold=_folds(settings, source),
+        write=store.count_replay if is_dry_run else lambda rows: store.replay(rows, _log_refused),
         pace=Pace(rate, SystemClock()),
         only=only,
         on_read=on_read,
     )
 
 
+def _folds(settings: Settings, source: ReplaySource) -> Callable[[int], Fold]:
+    agent_ids = AgentIds()
+    if source == "events":
+        return partial(EventsFold, max_clock_skew=settings.max_clock_skew, agent_ids=agent_ids)
+    return partial(BatchesFold, agent_ids=agent_ids)
+
+
+async def _log_refused(row: Row, error: RowRejected) -> Awaitable[None]:
+    """Log a row that Postgres refuses; it needs no dead letter, as it is still in the topic."""
+    _log.warning("row_rejected", agent_id=row.agent_id, key=row.key, sqlstate=error.sqlstate)
+    acknowledged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    acknowledged.set_result(None)
+    return acknowledged
+
+
 async def refill(
     settings: Settings,
     *,
-    on_found: Callable[[int], None] = nothing_happened,
-    on_read: Callable[[int], None] = nothing_happened,
+    on_found: Callable[[int], None] = lambda _: None,
+    on_read: Callable[[int], None] = lambda _: None,
     on_start: Callable[[Replay], None] = lambda _: None,
 ) -> Summary | None:
-    """Replay all that the batches topic holds, and note that the table is whole; None: another process is at it.
+    """Replay the whole batches topic, then record that the table is whole; None: another process is refilling it.
 
-    `on_found(records)` is told how many there are to read, `on_start(replay)` what to stop.
+    `on_found(records)` gets the number of records to read, `on_read(records)` how many more were read, and
+    `on_start(replay)` the replay, to be able to stop it.
 
     Raises:
-        TopicMismatch, ServiceUnavailable, ConfigError: Kafka or Postgres is away, or refuses us; nothing was noted.
-        Interrupted: it was stopped; nothing was noted.
+        TopicMismatch, ServiceUnavailable, ConfigError: Kafka or Postgres is down, or refuses access; the table still
+            counts as emptied.
+        Interrupted: the replay was stopped; likewise.
     """
     topic = (await require_topics(settings.client_config(), settings.declared_topics()))["batches"]
     summary = Summary()
     async with (
-        # One connection holds the lock, for as long as Postgres does not crash.
+        # One of the connections holds the lock until the block ends, or Postgres crashes.
         replay_store(settings, notify=settings.notify == "on", connections=2) as store,
         store.refilling() as is_ours,
     ):
         if not is_ours:
             return None
         ranges = await find_ranges(settings, topic)
-        on_found(sum(item.end - item.start for item in ranges))
+        on_found(sum(offsets.length for offsets in ranges))
         async with chunk_reader(settings, topic) as reader:
             replay = wire_replay(settings, "batches", reader, store, on_read=on_read)
             on_start(replay)
-            await replay.run(ranges, summary, nothing_happened)
+            await replay.run(ranges, summary)
     return summary

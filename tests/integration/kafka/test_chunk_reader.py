@@ -10,6 +10,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from pipeline.errors import ServiceUnavailable
 from pipeline.kafka.chunk_reader import ChunkReader
+from pipeline.kafka.range_reader import OffsetRange
 
 pytestmark = pytest.mark.services
 
@@ -59,7 +60,7 @@ async def test_range_is_read_exactly_though_it_begins_and_ends_within_record_bat
         produce(bootstrap_servers, topic, 0, range(start, start + 1000))
     async with reading(bootstrap_servers, topic) as reader:
         for start, end in ((0, 5000), (1, 2), (999, 3001), (4999, 5000), (700, 700)):
-            reader.open(0, start, end)
+            reader.open(OffsetRange(0, start, end))
             assert await read_all(reader) == list(range(start, end))
 
 
@@ -68,7 +69,7 @@ async def test_range_opened_before_the_one_before_was_read_is_read_alone(bootstr
         produce(bootstrap_servers, topic, partition, range(1000))
     async with reading(bootstrap_servers, topic) as reader:
         for partition, start in ((0, 0), (1, 500), (1, 0), (0, 10)):
-            reader.open(partition, start, 1000)
+            reader.open(OffsetRange(partition, start, 1000))
             while not (lists := await reader.read()) or not (records := next(lists, None)):
                 pass
             assert records[0].offset == start
@@ -82,7 +83,7 @@ async def test_range_whose_records_retention_has_deleted_is_at_its_end(bootstrap
         (deleted,) = admin.delete_records([TopicPartition(topic, 0, partition_end)]).values()
         deleted.result(30)
         async with reading(bootstrap_servers, topic) as reader:
-            reader.open(0, 0, 900)
+            reader.open(OffsetRange(0, 0, 900))
             assert await read_all(reader) == list(range(partition_end, 900))
 
 
@@ -94,7 +95,7 @@ async def test_range_that_ends_with_transaction_markers_is_at_its_end(bootstrap_
         producer.produce(topic, str(number).encode(), partition=0)
         producer.commit_transaction(30)
     async with reading(bootstrap_servers, topic) as reader:
-        reader.open(0, 0, 4)
+        reader.open(OffsetRange(0, 0, 4))
         assert await read_all(reader) == [0, 2]
 
 

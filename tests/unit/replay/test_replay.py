@@ -3,29 +3,26 @@
 import asyncio
 import uuid
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.batch import Batch, Source, WindowSpan, encode_batch
+from pipeline.core.record import KafkaRecord
 from pipeline.core.report import AgentIds, Entry, Report, encode_report
-from pipeline.replay.plan import Range
-from pipeline.replay.replay import EVERYTHING, BatchesFold, EventsFold, Filter, Interrupted, Pace, Replay, Summary
+from pipeline.kafka.range_reader import OffsetRange
+from pipeline.postgres.store import Applied
+from pipeline.replay.folds import BatchesFold, EventsFold
+from pipeline.replay.pace import Pace
+from pipeline.replay.replay import EVERYTHING, Interrupted, PairFilter, Replay, Summary
 from pipeline.testing import ManualClock, settle
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
+T0_MS = 1_704_067_200_000
 AGENTS = [str(uuid.UUID(int=number)) for number in range(6)]
 KEYS = ["cpu", "mem", "disk"]
-
-
-class TopicRecord(NamedTuple):
-    offset: int
-    value: bytes
-    key: bytes | None = None
-    timestamp: int = 1_704_067_200_000
-    timestamp_type: int = 1
 
 
 class Topic:
@@ -33,17 +30,18 @@ class Topic:
 
     def __init__(self, partitions):
         self._partitions = {
-            number: [TopicRecord(offset, raw) for offset, raw in enumerate(raws)] for number, raws in partitions.items()
+            number: [KafkaRecord(offset, T0_MS, None, raw) for offset, raw in enumerate(raws)]
+            for number, raws in partitions.items()
         }
         self.opened = []
-        self.ranges = [Range(number, 0, len(raws)) for number, raws in partitions.items()]
+        self.ranges = [OffsetRange(number, 0, len(raws)) for number, raws in partitions.items()]
         self.position = 0
         self._end = 0
         self._turn = 0
 
-    def open(self, partition, start, end):
-        self.opened.append(partition)
-        self.position, self._end = start, end
+    def open(self, offsets):
+        self.opened.append(offsets.partition)
+        self.position, self._end = offsets.start, offsets.end
 
     @property
     def is_done(self):
@@ -60,12 +58,6 @@ class Topic:
                 yield self._partitions[self.opened[-1]][start : self.position]
 
 
-class Written(NamedTuple):
-    rows: int
-    undeclared: int = 0
-    rejected: int = 0
-
-
 class Table:
     """Writes what is newer than its row, strictly; a dry one counts only."""
 
@@ -80,26 +72,26 @@ class Table:
         older = [row for row in rows if row[:2] not in self.rows or self.rows[row[:2]][2] < row.collected_at_us]
         if not self._is_dry:
             self.rows.update({row[:2]: row[2:] for row in older})
-        return Written(len(older))
+        return Applied(rows=len(older))
 
 
 def us(moment):
     return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
 
-def replayed(topic, table, *, pairs_held=1000, only=EVERYTHING, new_fold=None):
-    summary, agent_ids = Summary(), AgentIds()
+def replayed(topic, table, *, max_pairs=1000, only=EVERYTHING, new_fold=None):
+    summary = Summary()
 
     async def job():
         replay = Replay(
             topic,
-            new_fold=new_fold or (lambda capacity: EventsFold(capacity, timedelta(60), agent_ids)),
+            new_fold=new_fold or partial(EventsFold, max_clock_skew=timedelta(60), agent_ids=AgentIds()),
             write=table.write,
             pace=Pace(None, ManualClock()),
             only=only,
-            pairs_held=pairs_held,
+            max_pairs=max_pairs,
         )
-        await replay.run(topic.ranges, summary, lambda _: None)
+        await replay.run(topic.ranges, summary)
 
     asyncio.run(job())
     return summary
@@ -141,23 +133,23 @@ def plain(some, rows):
 
 
 @given(reports, held, st.integers(2, 8))
-def test_replay_in_any_memory_is_the_plain_rule_and_counts_as_the_dry_run_says(some, rows, pairs_held):
+def test_replay_in_any_memory_is_the_plain_rule_and_counts_as_the_dry_run_says(some, rows, max_pairs):
     table, dry = Table(rows), Table(rows, is_dry=True)
     expected, pairs, changed = plain(some, rows)
-    summary = replayed(Topic(keyed(some)), table, pairs_held=pairs_held)
+    summary = replayed(Topic(keyed(some)), table, max_pairs=max_pairs)
     assert table.rows == expected
     assert (summary.records, summary.entries) == (len(some), sum(len(values) for *_, values in some))
     assert (summary.pairs, summary.changed, summary.already_newer) == (pairs, changed, pairs - changed)
-    assert replayed(Topic(keyed(some)), dry, pairs_held=pairs_held) == summary
+    assert replayed(Topic(keyed(some)), dry, max_pairs=max_pairs) == summary
     assert dry.rows == rows
-    again = replayed(Topic(keyed(some)), table, pairs_held=pairs_held)
+    again = replayed(Topic(keyed(some)), table, max_pairs=max_pairs)
     assert (again.changed, table.rows) == (0, expected)
 
 
 def test_more_pairs_than_are_held_read_the_range_again_and_write_each_pair_once():
     some = [(agent, 1, dict.fromkeys(KEYS, "v")) for agent in AGENTS]
     topic, table = Topic(keyed(some)), Table()
-    replayed(topic, table, pairs_held=4)
+    replayed(topic, table, max_pairs=4)
     assert topic.opened.count(0) > 1
     assert sum(table.calls) == len(AGENTS) * len(KEYS)
 
@@ -165,8 +157,8 @@ def test_more_pairs_than_are_held_read_the_range_again_and_write_each_pair_once(
 def test_filter_leaves_other_agents_and_keys_alone():
     some = [(agent, 1, dict.fromkeys(KEYS, "v")) for agent in AGENTS]
     table = Table()
-    only = Filter(frozenset(AGENTS[:2]), frozenset({"cpu"}))
-    summary = replayed(Topic(keyed(some)), table, pairs_held=2, only=only)
+    only = PairFilter(frozenset(AGENTS[:2]), frozenset({"cpu"}))
+    summary = replayed(Topic(keyed(some)), table, max_pairs=2, only=only)
     assert set(table.rows) == {(AGENTS[0], "cpu"), (AGENTS[1], "cpu")}
     assert (summary.records, summary.pairs) == (len(AGENTS), 2)
 
@@ -194,9 +186,7 @@ def test_replay_of_batches_takes_the_newest_row_of_each_pair_and_the_later_on_a_
         b"not a batch",
     ]
     table = Table()
-    summary = replayed(
-        Topic({0: records}), table, new_fold=lambda capacity: BatchesFold(capacity, AgentIds()), pairs_held=2
-    )
+    summary = replayed(Topic({0: records}), table, new_fold=partial(BatchesFold, agent_ids=AgentIds()), max_pairs=2)
     assert table.rows == {(AGENTS[1], "cpu"): ("new", "", 2), (AGENTS[1], "mem"): ("second", "", 1)}
     assert (summary.records, summary.entries, summary.dead, summary.pairs) == (3, 5, 2, 2)
 
@@ -208,7 +198,7 @@ def test_stopped_replay_has_done_whole_partitions_and_resumes_as_one_run():
     async def run(stop_at):
         replay = Replay(
             topic,
-            new_fold=lambda capacity: EventsFold(capacity, timedelta(60), AgentIds()),
+            new_fold=partial(EventsFold, max_clock_skew=timedelta(60), agent_ids=AgentIds()),
             write=table.write,
             pace=Pace(None, ManualClock()),
             on_read=lambda _: replay.stop() if topic.opened[-1] == stop_at else None,

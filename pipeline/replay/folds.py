@@ -1,0 +1,133 @@
+"""The latest entry per pair of a topic's records: of events by the worker's rules, of batches by the sink's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Literal, Protocol
+
+from pipeline.core.batch import Batch, Row, decode_batch
+from pipeline.core.record import Record
+from pipeline.core.report import AgentIds
+from pipeline.core.window import OpenWindow
+from pipeline.errors import DecodeError
+
+ReplaySource = Literal["events", "batches"]
+Pair = tuple[str, str]
+KeepPair = Callable[[str, str], bool]
+
+
+class Fold(Protocol):
+    """The latest entry per pair of what was folded so far.
+
+    `dead` counts what could not be used; nothing is dead-lettered, as the live pipeline has done that.
+    """
+
+    dead: int
+
+    def fold(self, records: Sequence[Record], start: int) -> int:
+        """Fold `records[start:]`, of one record batch, until the capacity is reached; return the next index."""
+        ...
+
+    @property
+    def entries(self) -> int:
+        """How many entries were folded."""
+        ...
+
+    @property
+    def pairs(self) -> int:
+        """How many unique pairs are in memory."""
+        ...
+
+    def retain(self, keep: KeepPair) -> None:
+        """Forget every pair but those that `keep(agent_id, key)` accepts."""
+        ...
+
+    def rows(self) -> list[Row]:
+        """Return the rows, sorted by pair."""
+        ...
+
+
+class EventsFold:
+    """Folds the events topic in one window that never closes early."""
+
+    def __init__(self, capacity: int, *, max_clock_skew: timedelta, agent_ids: AgentIds) -> None:
+        self._window = OpenWindow(0.0, capacity=capacity, max_clock_skew=max_clock_skew, agent_ids=agent_ids)
+        self.dead = 0
+
+    def fold(self, records: Sequence[Record], start: int) -> int:
+        """See Fold; `dead` counts records."""
+        index = self._window.fold(records, start)
+        self.dead += self._window.drop_rejected()
+        return index
+
+    @property
+    def entries(self) -> int:
+        """How many entries of reports were folded."""
+        return self._window.entries
+
+    @property
+    def pairs(self) -> int:
+        """How many unique pairs are in memory."""
+        return self._window.pairs
+
+    def retain(self, keep: KeepPair) -> None:
+        """Forget every pair but those to keep."""
+        self._window.retain(keep)
+
+    def rows(self) -> list[Row]:
+        """Return the rows, sorted by pair."""
+        return self._window.close("shutdown", 0.0).rows
+
+
+class BatchesFold:
+    """Folds the batches topic; on equal times the later row wins."""
+
+    def __init__(self, capacity: int, *, agent_ids: AgentIds) -> None:
+        self._capacity = capacity
+        self._agent_ids = agent_ids
+        self._newest: dict[Pair, Row] = {}
+        self._entries = 0
+        self.dead = 0
+
+    def fold(self, records: Sequence[Record], start: int) -> int:
+        """See Fold; `dead` counts records, and rows of batches whose agent id is not a UUID."""
+        for index in range(start, len(records)):
+            if len(self._newest) >= self._capacity:
+                return index
+            try:
+                self._take(decode_batch(records[index].value))
+            except DecodeError:
+                self.dead += 1
+        return len(records)
+
+    def _take(self, batch: Batch) -> None:
+        newest, known = self._newest, self._agent_ids.known
+        self._entries += len(batch.agent_ids)
+        for text, key, value, error, collected_at_us in zip(*batch.columns, strict=True):
+            try:
+                agent_id = known.get(text) or self._agent_ids.learn(text)
+            except DecodeError:
+                self.dead += 1
+                continue
+            previous = newest.get((agent_id, key))
+            if previous is None or collected_at_us >= previous.collected_at_us:
+                newest[agent_id, key] = Row(agent_id, key, value, error, collected_at_us)
+
+    @property
+    def entries(self) -> int:
+        """How many rows of batches were folded."""
+        return self._entries
+
+    @property
+    def pairs(self) -> int:
+        """How many unique pairs are in memory."""
+        return len(self._newest)
+
+    def retain(self, keep: KeepPair) -> None:
+        """Forget every pair but those to keep."""
+        self._newest = {pair: row for pair, row in self._newest.items() if keep(*pair)}
+
+    def rows(self) -> list[Row]:
+        """Return the rows, sorted by pair."""
+        return sorted(self._newest.values())
