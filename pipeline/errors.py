@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """What a command ends with; a process that a signal ended has 128 + the signal's number."""
+
+    OK = 0
+    FAILURE = 1
+    """Something failed, or was found to be wrong: see the message."""
+    USAGE = 2
+    """The command line or a setting is wrong: nothing was started, and starting it again won't help."""
+    INTERRUPTED = 130
+    """Ctrl-C."""
 
 
 class PipelineError(Exception):

@@ -31,7 +31,7 @@ from pipeline.kafka.topics import create_topics, delete_topics
 from pipeline.local.services import LocalServices, start_services
 from pipeline.postgres.migrations import migrate
 from pipeline.postgres.store import read_rows
-from pipeline.roles.process import die_with_parent
+from pipeline.roles.process import child_command
 from pipeline.settings import Settings, load_settings
 
 _PROGRESS_SECONDS: Final = 0.5
@@ -196,14 +196,10 @@ class _Demo:
 
     async def _start(self, *arguments: str, reads: bool = False) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "pipeline",
-            *arguments,
+            *child_command([sys.executable, "-m", "pipeline", *arguments]),
             env={**os.environ, **self._environment},
             stdout=asyncio.subprocess.PIPE if reads else asyncio.subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches the demo alone, which then ends its processes in order
-            preexec_fn=die_with_parent,
         )
         self._processes.append(process)
         return process

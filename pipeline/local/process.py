@@ -1,46 +1,62 @@
-"""Child processes on 127.0.0.1: started with a log, awaited until ready, ended with this process."""
+"""Servers as child processes on 127.0.0.1: started with a log, waited for until ready, ended with this process."""
 
 from __future__ import annotations
 
-import os
 import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
 
 from pipeline.errors import ServiceUnavailable
+from pipeline.local.folder import ThrowawayFolder
+from pipeline.roles.process import child_command
 
 LOOPBACK = "127.0.0.1"
 
-_LAUNCHER = Path(__file__).with_name("end_with_parent.py")
 _POLL_SECONDS = 0.03
+_STOP_SECONDS = 20.0
+# Below the ephemeral ranges of Linux (32768) and macOS (49152): a port from those could be taken by any outgoing
+# connection while its server restarts, even by a client that reconnects to itself.
+_PORTS = range(15_000, 32_768)
 
 # The kernel ends a child when the THREAD that started it ends, so one thread that lives as long as this
 # process starts them all: a broker restarted from a worker thread must outlive that thread.
 _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="child-starter")
 
 
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nothing listens on.
+def free_port(count: int = 1) -> int:
+    """Return a TCP port of 127.0.0.1 that nothing listens on: the first of `count` such ports in a row.
 
-    Source: below the ephemeral ranges of Linux (32768) and macOS (49152). A port from those could be taken by
-    any outgoing connection while its server restarts, even by a client that reconnects to itself.
+    Raises:
+        ServiceUnavailable: none was found.
     """
     for _ in range(200):
-        port = 15_000 + secrets.randbelow(32_768 - 15_000)
-        with socket.socket() as probe:
+        first = secrets.choice(_PORTS[: len(_PORTS) - count + 1])
+        if _can_bind(range(first, first + count)):
+            return first
+    raise ServiceUnavailable(
+        f"no free TCP port from {_PORTS[0]} to {_PORTS[-1]} on {LOOPBACK}: stop what listens there"
+    )
+
+
+def _can_bind(ports: Sequence[int]) -> bool:
+    with ExitStack() as probes:
+        for port in ports:
+            probe = probes.enter_context(socket.socket())
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((LOOPBACK, port))
             except OSError:
-                continue
-            return port
-    raise ServiceUnavailable("no free TCP port between 15000 and 32767 on 127.0.0.1: end what listens there")
+                return False
+    return True
 
 
 def accepts_connections(port: int) -> bool:
@@ -53,7 +69,7 @@ def accepts_connections(port: int) -> bool:
 
 
 class ChildProcess:
-    """A running command in a session of its own, so that the terminal's Ctrl-C reaches this process first.
+    """A running command in a session of its own, so that the terminal's Ctrl-C reaches only this process.
 
     Guarantee: on Linux it ends when this process ends, kill -9 included; elsewhere only when it is stopped.
     """
@@ -69,13 +85,13 @@ class ChildProcess:
     ) -> None:
         self.name = name
         self.log_path = log_path
-        self._process = _starter.submit(self._spawn, list(map(str, command)), user, death_signal).result()
+        launch = child_command(command, death_signal=death_signal, user=user)
+        self._process = _starter.submit(self._spawn, launch).result()
 
-    def _spawn(self, command: list[str], user: str, death_signal: signal.Signals) -> subprocess.Popen[bytes]:
-        launch = [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), str(int(death_signal)), user]
+    def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
         with self.log_path.open("ab") as log:
             return subprocess.Popen(
-                launch + command,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -94,16 +110,16 @@ class ChildProcess:
         return self._process.poll() is None
 
     def wait_ready(self, is_ready: Callable[[], bool], timeout_seconds: float) -> None:
-        """Return once `is_ready` says so.
+        """Return once `is_ready` returns True.
 
         Raises:
-            ServiceUnavailable: the process ended first, or the time is over; it is dead then.
+            ServiceUnavailable: the process ended first, or was not ready in time and has been killed.
         """
         deadline = time.monotonic() + timeout_seconds
         while not is_ready():
             code = self._process.poll()
             if code is not None:
-                raise ServiceUnavailable(f"{self.name} ended at start with code {code}: {self.last_words()}")
+                raise ServiceUnavailable(f"{self.name} exited with code {code} while starting: {self.last_words()}")
             if time.monotonic() > deadline:
                 self.kill()
                 message = f"{self.name} was not ready within {timeout_seconds:.0f} s: {self.last_words()}"
@@ -114,7 +130,7 @@ class ChildProcess:
         """Return when the process has ended by itself.
 
         Raises:
-            ServiceUnavailable: it ended with a code other than 0, or the time is over; it is dead then.
+            ServiceUnavailable: it exited with a code other than 0, or did not end in time and has been killed.
         """
         try:
             code = self._process.wait(timeout_seconds)
@@ -125,8 +141,8 @@ class ChildProcess:
         if code != 0:
             raise ServiceUnavailable(f"{self.name} failed with code {code}: {self.last_words()}")
 
-    def stop(self, by: signal.Signals, timeout_seconds: float) -> None:
-        """Send a signal and wait for the end; kill what has not ended in time."""
+    def stop(self, by: signal.Signals, timeout_seconds: float = _STOP_SECONDS) -> None:
+        """Send a signal and wait for the end; kill it if it has not ended in time."""
         if self.is_running:
             self._process.send_signal(by)
         try:
@@ -143,5 +159,93 @@ class ChildProcess:
     def last_words(self) -> str:
         """Return the end of the log in one line, without the frames of a stack trace."""
         lines = [line.strip() for line in self.log_path.read_text("utf-8", "replace").splitlines()]
-        told = [line for line in lines if line and not line.startswith(("at ", "... "))]
-        return " | ".join(told[-3:]) or "it logged nothing"
+        messages = [line for line in lines if line and not line.startswith(("at ", "... "))]
+        return " | ".join(messages[-3:]) or "it logged nothing"
+
+
+class LocalServer(ABC):
+    """A server with throwaway data, which tests start, crash and restart at will.
+
+    Guarantee: address and data outlive stop() and kill(); close() or the end of the context removes them. If this
+    process dies, the server ends with it, and the next one started on this machine removes its folder.
+    """
+
+    name: ClassVar[str]
+    """What messages call it."""
+    start_seconds: ClassVar[float]
+    """How long a start may take, recovery after a crash included."""
+    stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
+    """What shuts it down cleanly."""
+
+    def __init__(self, purpose: str) -> None:
+        """Make its folder; `purpose` becomes part of the folder's name and names the log."""
+        self._folder = ThrowawayFolder(purpose)
+        self._home = self._folder.path
+        self._process: ChildProcess | None = None
+        self.log_path = self._home / f"{purpose}.log"
+
+    @abstractmethod
+    def _launch(self) -> ChildProcess:
+        """Start the process; make its data directory first if there is none."""
+
+    @abstractmethod
+    def _is_ready(self) -> bool:
+        """Tell whether the process that was launched last serves clients."""
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server.
+
+        Raises:
+            ServiceUnavailable: it was never started.
+        """
+        if self._process is None:
+            raise ServiceUnavailable(f"{self.name} was not started: call start() first")
+        return self._process.pid
+
+    def start(self) -> None:
+        """Return when the server serves clients; at once if it is running.
+
+        Raises:
+            ServiceUnavailable: it did not come up; the message ends with what it logged last.
+        """
+        if self._process is None or not self._process.is_running:
+            self._process = self._launch()
+            self._process.wait_ready(self._is_ready, self.start_seconds)
+
+    def stop(self) -> None:
+        """Shut down cleanly; kill it after 20 s."""
+        if self._process is not None:
+            self._process.stop(self.stop_signal)
+
+    def kill(self) -> None:
+        """Crash the server: SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+
+    def restart(self) -> None:
+        """Stop, unless stop() or kill() has been called, and start again.
+
+        Raises:
+            ServiceUnavailable: it did not come up again.
+        """
+        self.stop()
+        self.start()
+
+    def close(self) -> None:
+        """Kill the server, since its data is thrown away, and remove its folder."""
+        self.kill()
+        self._folder.remove()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -14,13 +14,12 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ExitCode
 
 # A process is ended when it was found stuck this many times, a second apart: once may be the moment after its machine
 # was asleep.
 _STUCK_LOOKS: Final = 5
 _LOOK_SECONDS: Final = 1.0
-_EXIT_FAILURE: Final = 1
 
 # Says why something is not so, or None if it is.
 Why = Callable[[], str | None]
@@ -83,7 +82,7 @@ def exit_when_stuck(why_not_live: Why) -> None:
             looks = looks + 1 if why is not None else 0
         sys.stderr.write(f"agent-metadata: {why}; ending to be restarted, nothing is lost\n")
         sys.stderr.flush()
-        os._exit(_EXIT_FAILURE)
+        os._exit(ExitCode.FAILURE)
 
     threading.Thread(target=watch, name="watchdog", daemon=True).start()
 

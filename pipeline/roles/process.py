@@ -1,46 +1,53 @@
-"""What concerns a role's whole process: how it stops, that it never outlives its parent, how it looks for garbage."""
+"""Process-wide setup of a role: its stop signals, its garbage collector, and how its children end with it."""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import structlog
 
+from pipeline.errors import ExitCode
 from pipeline.settings import SHUTDOWN_SECONDS
 
-_PR_SET_PDEATHSIG: Final = 1  # from <sys/prctl.h>
-# How much longer than SHUTDOWN_SECONDS a stop may take to let go of all connections; `run` waits a second more.
+# How much longer than SHUTDOWN_SECONDS a stop may take, to close all connections; `run` waits a second more.
 _OVERDUE_SECONDS: Final = 4.0
 
 _log = structlog.get_logger(__name__)
 
-# Loaded in the parent: between fork and exec a child must not import or allocate.
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_LAUNCHER: Final = Path(__file__).with_name("end_with_parent.py")
 
 
-def die_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when its parent dies, by kill -9 too; for `preexec_fn`.
+def child_command(
+    command: Sequence[str | Path], *, death_signal: signal.Signals = signal.SIGTERM, user: str = ""
+) -> list[str]:
+    """Return the command line that runs `command` as a child that does not outlive this process, even by kill -9.
 
-    Without effect elsewhere than on Linux.
+    Guarantee: on Linux the kernel sends the child `death_signal` when the thread that started it ends; elsewhere it
+    does not. The child keeps its process id, as no shell or wrapper stays between.
+
+    Args:
+        command: The program, by its absolute path, and its arguments.
+        death_signal: What the child gets.
+        user: Run as this user; empty: as the one who runs this process.
     """
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    launcher = [sys.executable, "-I", "-S", str(_LAUNCHER)]
+    return [*launcher, str(os.getpid()), str(int(death_signal)), user, *map(str, command)]
 
 
 def tune_garbage_collector() -> None:
-    """Have this process look for cycles rarely; call it once, when everything is imported.
+    """Have this process look for reference cycles rarely; call it once, when everything is imported.
 
     Worker and sink make millions of objects without cycles, and each of Python's default collections would walk
-    tens of thousands of pairs: measured, the worker takes 12 % more entries a second, and 38 % more where a report
-    has one entry.
+    tens of thousands of pairs. Measured: the worker takes 12 % more entries a second, 38 % more where a report has
+    one entry.
     """
     gc.collect()
     gc.freeze()
@@ -48,22 +55,24 @@ def tune_garbage_collector() -> None:
 
 
 def on_stop_signals(stop: Callable[[], None]) -> None:
-    """Have the first SIGTERM or SIGINT stop in order; the second, or time running out, ends this process as it stands.
+    """Stop in order on the first SIGTERM or SIGINT; exit at once on the second, or when stopping takes too long.
 
-    That is as safe as kill -9: what is not committed is read again.
+    Exiting at once is as safe as kill -9: what is not committed is read again.
     """
     signals: list[int] = []
 
     def end(event: str, exit_code: int) -> None:
-        _log.warning(event, advice="what was under way is read again from Kafka")
+        _log.warning(event, advice="what was not committed is read again from Kafka")
         os._exit(exit_code)
 
     def on_signal(number: int) -> None:
         signals.append(number)
         if len(signals) > 1:
             end("ended_by_second_signal", 128 + number)
-        # Kafka's clients wait longer than anybody wants where no broker answers.
-        overdue = threading.Timer(SHUTDOWN_SECONDS + _OVERDUE_SECONDS, end, ("ended_as_stop_took_too_long", 1))
+        # Kafka's clients wait far longer than this when no broker answers.
+        overdue = threading.Timer(
+            SHUTDOWN_SECONDS + _OVERDUE_SECONDS, end, ("ended_as_stop_took_too_long", ExitCode.FAILURE)
+        )
         overdue.daemon = True
         overdue.start()
         stop()

@@ -1,4 +1,4 @@
-"""Run worker and sink as two processes under one command: restart what ends, stop in the order of the data."""
+"""Run worker and sink as two processes under one command: restart either when it ends, stop the worker first."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from typing import Final
 
 import structlog
 
-from pipeline.roles.process import die_with_parent
+from pipeline.errors import ExitCode
+from pipeline.roles.process import child_command
 from pipeline.settings import SHUTDOWN_SECONDS
 
 _FIRST_RESTART_SECONDS: Final = 1.0
 _LONGEST_RESTART_SECONDS: Final = 30.0
 # A process that ran this long was healthy: its next restart is quick again.
 _HEALTHY_SECONDS: Final = 60.0
-_EXIT_USAGE: Final = 2
 
 _log = structlog.get_logger(__name__)
 
 
 class Supervisor:
-    """Keeps one process per role alive until told to stop."""
+    """Keeps one process per role alive until it is stopped."""
 
     def __init__(self, environments: Mapping[str, Mapping[str, str]]) -> None:
-        """Make a supervisor; `environments` has each role's, in the order in which they stop."""
+        """Prepare; `environments` maps each role to variables of its own, in the order in which the roles stop."""
         self._environments = environments
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._stop = asyncio.Event()
-        self._exit_code = 0
+        self._exit_code: int = ExitCode.OK
 
     async def run(self) -> int:
-        """Run until SIGTERM or SIGINT, or until a role says that its settings are wrong; return the exit code."""
+        """Run until SIGTERM or SIGINT, or until a role finds its settings wrong; return the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         keepers = {role: asyncio.create_task(self._keep(role)) for role in self._environments}
         for keeper in keepers.values():
-            keeper.add_done_callback(lambda _: self._stop.set())  # on an error too: it is raised below
+            keeper.add_done_callback(lambda _: self._stop.set())  # after an error too, which gather() raises below
         await self._stop.wait()
         for role in keepers:  # the worker first: the sink then applies what it leaves
             await self._end(role)
@@ -48,7 +48,7 @@ class Supervisor:
         return self._exit_code
 
     def _on_signal(self, number: int) -> None:
-        """Stop in order; at a second signal, kill: what the roles held is read again from Kafka."""
+        """Stop in order; on a second signal, kill: what the roles had not committed is read again from Kafka."""
         if self._stop.is_set():
             self._exit_code = 128 + number
             for process in self._processes.values():
@@ -62,22 +62,18 @@ class Supervisor:
         while not self._stop.is_set():
             started = loop.time()
             process = self._processes[role] = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "pipeline",
-                role,
+                *child_command([sys.executable, "-m", "pipeline", role]),
                 env={**os.environ, **self._environments[role]},
-                start_new_session=True,  # Ctrl-C reaches us alone, and we stop the roles in order
-                preexec_fn=die_with_parent,
+                start_new_session=True,  # Ctrl-C reaches only this process, which then stops the roles in order
             )
-            if self._stop.is_set():  # while the process was made: nobody else will end it
+            if self._stop.is_set():  # while the process was being started: run() did not see it
                 await self._end(role)
             code = await process.wait()
             if self._stop.is_set():
-                if code != -signal.SIGTERM:  # it had not come so far as to end by itself
+                if code != -signal.SIGTERM:  # that is a role stopped before it could handle signals
                     self._exit_code = self._exit_code or abs(code)
                 return
-            if code == _EXIT_USAGE:
+            if code == ExitCode.USAGE:
                 self._exit_code = code
                 self._stop.set()
                 return
@@ -97,5 +93,7 @@ class Supervisor:
         try:
             await asyncio.wait_for(process.wait(), SHUTDOWN_SECONDS + 5)
         except TimeoutError:
-            _log.error("role_killed", role=role, advice="it did not stop in time; what it held is still in Kafka")
+            _log.error(
+                "role_killed", role=role, advice="it did not stop in time; what it had not committed is in Kafka"
+            )
             process.kill()

@@ -1,7 +1,7 @@
-"""Run a command that the kernel ends when the process that asked for it ends.
+"""Run a command that the kernel signals when its parent process ends.
 
-Run as a script, never imported: `end_with_parent.py PARENT_PID SIGNAL USER COMMAND...`. Doing this in a
-program of its own, and not in a hook between fork and exec, keeps it safe in a parent that has threads.
+Run as a script, never imported: `end_with_parent.py PARENT_PID SIGNAL USER COMMAND...`; see child_command(). A program
+of its own, unlike a hook between fork and exec, is safe in a parent that has threads.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def main(parent_pid: int, death_signal: int, user: str, command: list[str]) -> N
         os.setgid(entry.pw_gid)
         os.setuid(entry.pw_uid)
         os.environ["HOME"] = entry.pw_dir
-    # After setuid, which clears it; it outlives exec.
+    # After setuid, which would clear it; exec keeps it.
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, death_signal)
-    if os.getppid() != parent_pid:  # the parent was gone before the kernel knew
+    if os.getppid() != parent_pid:  # the parent ended before the kernel knew
         sys.exit("the parent process has ended")
     os.execv(command[0], command)  # noqa: S606 - replacing this process is the purpose
 
