@@ -12,8 +12,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -22,6 +25,7 @@ from bench import harness
 from bench.plain import Newest, assigned_consumer, fold
 from pipeline.core.report import timestamp_us
 from pipeline.local import start_services
+from pipeline.local.deployment import Deployment
 from pipeline.postgres.migrations import migrate
 from pipeline.postgres.store import ROWS_PER_STATEMENT, statement
 
@@ -58,7 +62,7 @@ def plain(servers: str, url: str, topic: str, **_: Any) -> None:
     asyncio.run(main())
 
 
-def measure(command: list[str], environment: dict[str, str], url: str) -> float:
+def measure(command: Sequence[str], environment: Mapping[str, str], url: str) -> float:
     """Return the seconds from the assignment until the table is right."""
     asyncio.run(reset(url))
     process = subprocess.Popen(
@@ -122,7 +126,7 @@ async def wait_until_right(url: str) -> None:
 def main() -> None:
     figures: dict[str, list[float]] = {}
     ratios = {}
-    with start_services(say=harness.say) as services:
+    with start_services(say=harness.say) as services, tempfile.TemporaryDirectory() as folder:
         servers, url = services.bootstrap_servers, services.database_url
         harness.create_topic(servers, "dead", 1)
         for shape in (10, 1):
@@ -134,20 +138,18 @@ def main() -> None:
             plain_command = [sys.executable, "-m", "bench.end_to_end", "plain", options]
 
             def ours(topic: str = topic) -> float:
-                run_id = uuid.uuid4().hex[:6]
-                harness.create_topic(servers, f"batches-{run_id}")
-                environment = {
-                    "KAFKA_BOOTSTRAP_SERVERS": servers,
-                    "DATABASE_URL": url,
-                    "AGENT_METADATA_EVENTS_TOPIC": topic,
-                    "AGENT_METADATA_BATCHES_TOPIC": f"batches-{run_id}",
-                    "AGENT_METADATA_DEAD_LETTER_TOPIC": "dead",
-                    "AGENT_METADATA_CONSUMER_GROUP": run_id,
-                    "AGENT_METADATA_WINDOW_SECONDS": "1",
-                    "AGENT_METADATA_LOG_FORMAT": "json",
-                }
+                deployment = Deployment(
+                    servers,
+                    url,
+                    Path(folder),
+                    events_topic=topic,
+                    dead_letter_topic="dead",
+                    window_seconds=1,
+                    log_format="json",
+                )
+                harness.create_topic(servers, deployment.settings.batches_topic)
                 asyncio.run(forget_progress(url))
-                return ENTRIES / measure([sys.executable, "-m", "pipeline", "run"], environment, url)
+                return ENTRIES / measure(deployment.command("run"), deployment.environment, url)
 
             measured = harness.in_turn(
                 {

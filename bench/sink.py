@@ -9,14 +9,12 @@ ends when its progress has reached the end of the topic.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import random
-import subprocess
-import sys
+import tempfile
 import time
 import uuid
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -24,8 +22,9 @@ from confluent_kafka import Producer
 
 from bench import harness
 from pipeline.core.batch import Batch, Source, WindowSpan, encode_batch
-from pipeline.kafka.topics import load_topic_specs, require_topics
+from pipeline.kafka.topics import require_topics
 from pipeline.local import start_services
+from pipeline.local.deployment import Deployment
 from pipeline.postgres.migrations import migrate
 from pipeline.postgres.store import statement
 from pipeline.roles.sink import SINK_CONNECTIONS
@@ -106,34 +105,20 @@ def fill_batches(servers: str, topic: str, number: int) -> int:
     return count
 
 
-def ours(url: str, servers: str, number: int) -> float:
+def ours(url: str, servers: str, folder: Path, number: int) -> float:
     topic = f"batches-{number}-{uuid.uuid4().hex[:4]}"
     expected = fill_batches(servers, topic, number)
-    environment = {
-        **os.environ,
-        "KAFKA_BOOTSTRAP_SERVERS": servers,
-        "DATABASE_URL": url,
-        "AGENT_METADATA_EVENTS_TOPIC": "events",
-        "AGENT_METADATA_BATCHES_TOPIC": topic,
-        "AGENT_METADATA_DEAD_LETTER_TOPIC": "dead",
-        "AGENT_METADATA_CONSUMER_GROUP": topic,
-        "AGENT_METADATA_LOG_FORMAT": "json",
-    }
-    specs = load_topic_specs(names={"events": "events", "batches": topic, "dead_letter": "dead"})
-    topic_id = asyncio.run(require_topics({"bootstrap.servers": servers}, specs, timeout_s=10))["batches"].topic_id
-    asyncio.run(tidy(url))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "sink"], env=environment, stderr=subprocess.PIPE, text=True
+    deployment = Deployment(
+        servers, url, folder, events_topic="events", batches_topic=topic, dead_letter_topic="dead", log_format="json"
     )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if json.loads(line).get("event") == "partitions_assigned":
-            break
+    found = require_topics(deployment.settings.client_config(), deployment.topics, timeout_s=10)
+    topic_id = asyncio.run(found)["batches"].topic_id
+    asyncio.run(tidy(url))
+    sink = asyncio.run(deployment.started("sink"))
     started = time.perf_counter()
     asyncio.run(wait_for_progress(url, topic_id, expected))
     seconds = time.perf_counter() - started
-    process.terminate()
-    process.communicate()
+    deployment.stop(sink)
     return AGENTS * KEYS / seconds
 
 
@@ -146,14 +131,18 @@ async def wait_for_progress(url: str, topic_id: str, expected: int) -> None:
 
 
 def main() -> None:
-    with start_services(say=harness.say) as services:
+    with start_services(say=harness.say) as services, tempfile.TemporaryDirectory() as folder:
         url, servers = services.database_url, services.bootstrap_servers
         harness.create_topic(servers, "events")
         harness.create_topic(servers, "dead", 1)
         asyncio.run(prepare(url))
         numbers = iter(range(1, 1000))
         figures = harness.in_turn(
-            {"bare": lambda: bare(url, next(numbers)), "ours": lambda: ours(url, servers, next(numbers))}, RUNS
+            {
+                "bare": lambda: bare(url, next(numbers)),
+                "ours": lambda: ours(url, servers, Path(folder), next(numbers)),
+            },
+            RUNS,
         )
         harness.report(
             "sink",

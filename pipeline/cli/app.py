@@ -24,7 +24,8 @@ from pipeline.errors import ConfigError, DecodeError, PipelineError
 from pipeline.kafka.topics import create_topics, diff_topics, require_topics
 from pipeline.listener import Change
 from pipeline.local.demo import DemoOptions, run_demo
-from pipeline.local.simulate import Oracle, reports, send_at_pace
+from pipeline.local.services import ServicesKind
+from pipeline.local.simulate import reports, send_at_pace
 from pipeline.monitoring.logs import configure_logging
 from pipeline.postgres.connections import connected, listener, require_sessions
 from pipeline.postgres.migrations import migrate, migration_status
@@ -212,7 +213,7 @@ def _simulate(producer: MetadataProducer, simulated: Any, oracle_file: Path | No
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.append(True))
-    oracle: Oracle = send_at_pace(simulated, producer.add, on_report=lambda _: None, stop=lambda: bool(stopped))
+    oracle = send_at_pace(simulated, producer, is_stopped=lambda: bool(stopped))
     if oracle_file is not None:
         oracle.write(oracle_file)
     return {"reports": oracle.reports, "entries": oracle.entries, "dropped": oracle.dropped}
@@ -268,7 +269,8 @@ def demo(
         bool, typer.Option("--serve", help="Serve the live page meanwhile; its port is AGENT_METADATA_SERVE_PORT.")
     ] = False,
     services: Annotated[
-        str | None, typer.Option(help="Force where Kafka and Postgres come from: env, docker, packages, embedded.")
+        ServicesKind | None,
+        typer.Option(help="Force where Kafka and Postgres come from: env, docker, packages, embedded."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Simulated agents: reports at a steady pace, and an oracle of what the table must hold in the end."""
+"""Simulated agents: reports at a steady pace, and an oracle of what the table must contain in the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
+
+from pipeline.producer import MetadataProducer
 
 # Names of coder's own examples come first; further keys are numbered.
 _KEYS: Final = ("cpu", "memory", "disk", "load", "status", "uptime", "users", "network", "processes", "version")
@@ -18,7 +20,7 @@ _NAMESPACE: Final = uuid.UUID("6f1d3d0a-6b57-4a55-9d4e-0a2f5c1e8b11")
 
 
 class Simulated(NamedTuple):
-    """One report to be sent at `due` seconds after the start."""
+    """One report, to be sent `due` seconds after the start."""
 
     due: float
     agent_id: uuid.UUID
@@ -29,7 +31,7 @@ class Simulated(NamedTuple):
 
 @dataclass
 class Oracle:
-    """The newest accepted entry of each pair: what the table must hold when everything has arrived."""
+    """The newest accepted entry of each pair: what the table must contain when everything has arrived."""
 
     reports: int = 0
     entries: int = 0
@@ -51,6 +53,15 @@ class Oracle:
                 lines.write(json.dumps(line) + "\n")
 
 
+def read_oracle(path: Path) -> dict[tuple[str, str], tuple[str, str, datetime]]:
+    """Read what Oracle.write() wrote: (value, error, collected_at) by (agent id, key)."""
+    with path.open(encoding="utf-8") as lines:
+        return {
+            (agent_id, key): (value, error, datetime.fromisoformat(collected_at))
+            for agent_id, key, value, error, collected_at in map(json.loads, lines)
+        }
+
+
 def agent_id(number: int) -> uuid.UUID:
     """Return the id of the simulated agent with this number: the same in every run."""
     return uuid.uuid5(_NAMESPACE, str(number))
@@ -59,7 +70,7 @@ def agent_id(number: int) -> uuid.UUID:
 def reports(
     *, agents: int, keys: int, interval_seconds: float, duration_seconds: float, seed: int = 0
 ) -> Iterator[Simulated]:
-    """Make the reports in the order in which they are due: every agent once an interval, evenly spread."""
+    """Yield the reports in the order in which they are due: every agent once an interval, evenly spread."""
     dice = random.Random(seed)  # noqa: S311  # made-up measurements, not secrets
     ids = [agent_id(number) for number in range(agents)]
     names = [*_KEYS[:keys], *(f"metric_{number}" for number in range(len(_KEYS), keys))]
@@ -72,25 +83,20 @@ def reports(
 
 
 def send_at_pace(
-    simulated: Iterator[Simulated],
-    add: Callable[..., bool],
-    *,
-    on_report: Callable[[Oracle], Any],
-    stop: Callable[[], bool],
+    simulated: Iterator[Simulated], producer: MetadataProducer, *, is_stopped: Callable[[], bool]
 ) -> Oracle:
-    """Send each report when it is due, by `add` of a MetadataProducer; return what was accepted."""
+    """Send each report when it is due; return what was accepted."""
     oracle = Oracle()
     start = time.monotonic()
     for report in simulated:
-        if stop():
+        if is_stopped():
             break
         ahead = report.due - (time.monotonic() - start)
         if ahead > 0.002:  # shorter sleeps overshoot
             time.sleep(ahead)
         collected_at = datetime.now(UTC)
-        if add(report.agent_id, report.keys, report.values, report.errors, collected_at):
+        if producer.add(report.agent_id, report.keys, report.values, report.errors, collected_at):
             oracle.note(report, collected_at)
         else:
             oracle.dropped += 1
-        on_report(oracle)
     return oracle

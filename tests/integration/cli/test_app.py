@@ -14,6 +14,7 @@ import asyncpg
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
+from pipeline.local.deployment import Deployment
 from tests.support.coder import CODERS_TABLES
 
 pytestmark = pytest.mark.services
@@ -22,22 +23,14 @@ A1 = "0b7c1e1c-3a54-4be5-9f0e-2a8f7b1ac001"
 
 
 @pytest.fixture
-def environment(bootstrap_servers, database_url):
+def environment(bootstrap_servers, database_url, tmp_path):
     """Settings with topics and groups of their own, of 2 partitions."""
-    name = f"cli-{uuid.uuid4()}"
+    deployment = Deployment(
+        bootstrap_servers, database_url, tmp_path, partitions=2, window_seconds=0.5, log_format="json"
+    )
     ours = ("AGENT_METADATA_", "PIPELINE_")
-    return {
-        **{variable: value for variable, value in os.environ.items() if not variable.startswith(ours)},
-        "KAFKA_BOOTSTRAP_SERVERS": bootstrap_servers,
-        "DATABASE_URL": database_url,
-        "AGENT_METADATA_EVENTS_TOPIC": f"{name}-events",
-        "AGENT_METADATA_BATCHES_TOPIC": f"{name}-batches",
-        "AGENT_METADATA_DEAD_LETTER_TOPIC": f"{name}-dead-letter",
-        "AGENT_METADATA_CONSUMER_GROUP": name,
-        "AGENT_METADATA_PARTITIONS": "2",
-        "AGENT_METADATA_WINDOW_SECONDS": "0.5",
-        "AGENT_METADATA_LOG_FORMAT": "json",
-    }
+    inherited = {variable: value for variable, value in os.environ.items() if not variable.startswith(ours)}
+    return inherited | deployment.environment
 
 
 @pytest.fixture
