@@ -1,5 +1,5 @@
 """The command `agent-metadata`: options and output, nothing else."""
 
-from pipeline.cli.app import main
+from pipeline.cli.main import main
 
 __all__ = ["main"]

@@ -1,24 +1,57 @@
-"""What all commands share: where errors go, the settings with their log format, and the event loop."""
+"""What all commands share: how their help looks, stderr, the settings with their log format, and the event loop."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
-from typing import Annotated, Any, Final
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 import uvloop
 from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
 
 from pipeline.core.report import canonical_agent_id
 from pipeline.errors import ConfigError, DecodeError
 from pipeline.monitoring.logs import configure_logging
 from pipeline.settings import Settings, load_settings
 
-EXIT_FAILURE: Final = 1
-EXIT_USAGE: Final = 2
-
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class _PlainHelp:
+    """Help in which a flag shows no type, and a docstring's paragraph is filled to the width of the terminal."""
+
+    def __init__(self, *arguments: Any, help: str | None = None, **options: Any) -> None:  # noqa: A002  # Typer's name
+        filled = help and re.sub(r"(?<!\n)\n(?!\n)", " ", help)
+        super().__init__(*arguments, help=filled, **options)  # type: ignore[call-arg]  # as get_params()
+
+    def get_params(self, context: Any) -> list[Any]:
+        params: list[Any] = super().get_params(context)  # type: ignore[misc]  # the command's, which this is mixed into
+        for param in params:
+            if getattr(param, "is_bool_flag", False):
+                param.metavar = ""  # Typer writes <bool>, though a flag takes no value
+        return params
+
+
+class _Command(_PlainHelp, TyperCommand):
+    pass
+
+
+class _Group(_PlainHelp, TyperGroup):
+    pass
+
+
+class CommandGroup(typer.Typer):
+    """A group of commands with plain help, which it shows when no command is given."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(cls=_Group, no_args_is_help=True, **options)
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
+        """Add a command; see typer.Typer.command()."""
+        return super().command(name, **{"cls": _Command, **options})
 
 
 def command_settings(**overrides: Any) -> Settings:
@@ -29,7 +62,7 @@ def command_settings(**overrides: Any) -> Settings:
 
 
 def run_job(job: Awaitable[Any]) -> Any:
-    """Run one job on an event loop of its own; return what it returns."""
+    """Run one job on an event loop of its own; return its result."""
 
     async def wrapped() -> Any:
         return await job
@@ -43,7 +76,7 @@ def printable(text: str, limit: int | None = None) -> str:
 
 
 def canonical_agents(agents: Sequence[str] | None, *, name: str = "--agent") -> frozenset[str]:
-    """Read agent ids as they were given; `name` is what the error calls them.
+    """Return agent ids in their canonical form; `name` is what an error calls the option.
 
     Raises:
         ConfigError: one is no UUID.

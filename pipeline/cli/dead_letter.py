@@ -1,4 +1,4 @@
-"""The commands `dead-letter ...`: their options and output; the jobs are in redrive.py."""
+"""The commands `dead-letter ...`: their options and output."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.cli.console import JsonOption, command_settings, errors, printable, run_job
+from pipeline.cli.console import CommandGroup, JsonOption, command_settings, printable, run_job, stderr
 from pipeline.core.dead_letter import DeadLetter, rfc3339
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.jobs.redrive import Filter, dead_letters, redrive
 
-app = typer.Typer(help="What could not be used: look at it, and give it another try.", no_args_is_help=True)
+app = CommandGroup(help="Inspect the records and rows that were refused, and try them again once the cause is fixed.")
 
-AgentOption = Annotated[str | None, typer.Option("--agent", help="Only this agent's (by the record key).")]
-StageOption = Annotated[str | None, typer.Option("--stage", help="Only what this refused: worker or sink.")]
-ReasonOption = Annotated[str | None, typer.Option("--reason", help="Only where the reason holds this text.")]
+AgentOption = Annotated[
+    str | None, typer.Option("--agent", metavar="UUID", help="Only those of this agent, by the record key.")
+]
+StageOption = Annotated[
+    str | None, typer.Option("--stage", metavar="STAGE", help="Only those refused by it: worker or sink.")
+]
+ReasonOption = Annotated[
+    str | None, typer.Option("--reason", metavar="TEXT", help="Only those whose reason contains this.")
+]
 
 
 @app.command("list")
@@ -28,10 +34,10 @@ def list_letters(
     agent: AgentOption = None,
     stage: StageOption = None,
     reason: ReasonOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="Show the last so many.")] = 100,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Show at most N, the newest.")] = 100,
     as_json: JsonOption = False,
 ) -> None:
-    """List what the dead-letter topic holds, the oldest first. With --json one line each, and no limit."""
+    """List the dead letters, the oldest first. With --json, one line for each and no limit."""
     settings, chosen = command_settings(), _filter(agent, stage, reason)
     shown: deque[DeadLetter] = deque(maxlen=limit)
     count = 0
@@ -53,14 +59,16 @@ def list_letters(
 
 @app.command()
 def show(
-    offset: Annotated[str, typer.Argument(help="Which, as `list` shows it: PARTITION:OFFSET, or OFFSET for 0:OFFSET.")],
+    offset: Annotated[
+        str, typer.Argument(metavar="PARTITION:OFFSET", help="Which one, as `list` shows it; OFFSET means 0:OFFSET.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
-    """Show one dead letter whole: where it was, why it was refused, its headers and its value."""
+    """Show one dead letter in full: where it came from, why it was refused, its headers and its value."""
     settings, place = command_settings(), _offset(offset)
     letter = next(dead_letters(settings, Filter(offset=place)), None)
     if letter is None:
-        raise PipelineError(f"{settings.dead_letter_topic} holds nothing at {place[0]}:{place[1]}; see `list`")
+        raise PipelineError(f"{settings.dead_letter_topic} has nothing at {place[0]}:{place[1]}; see `list`")
     if as_json:
         print(json.dumps(_letter_json(letter)))
         return
@@ -84,22 +92,26 @@ def redrive_letters(
     agent: AgentOption = None,
     stage: StageOption = None,
     reason: ReasonOption = None,
-    offset: Annotated[str | None, typer.Option(help="Only this one: PARTITION:OFFSET, or OFFSET for 0:OFFSET.")] = None,
+    offset: Annotated[
+        str | None, typer.Option(metavar="PARTITION:OFFSET", help="Only this one; OFFSET means 0:OFFSET.")
+    ] = None,
     all_of_them: Annotated[
-        bool, typer.Option("--all", help="All there are; needed where no other option says.")
+        bool, typer.Option("--all", help="All of them; needed if no other option says which.")
     ] = False,
-    max_redrives: Annotated[int, typer.Option(min=1, help="Leave alone what has come back so many times already.")] = 3,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    max_redrives: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Skip those that have come back N times already.")
+    ] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be redriven.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Produce dead letters to the events topic again, after their cause was mended. Harmless to repeat.
+    """Produce dead letters to the events topic again, once their cause is fixed. It is safe to repeat.
 
-    Each entry keeps the time it had, so that an old value can't replace a newer one. What would be refused again
-    stays where it is; the dead-letter topic itself is only read.
+    Each entry keeps its time, so an old value can't replace a newer one. What would be refused again is skipped. The
+    dead-letter topic itself is only read.
     """
     settings, chosen = command_settings(), _filter(agent, stage, reason, offset)
     if chosen == Filter() and not all_of_them:
-        raise ConfigError("say which: --agent, --stage, --reason, --offset, or --all")
+        raise ConfigError("say which: --agent, --stage, --reason, --offset or --all")
     with _progress("redriving") as on_progress:
         done = run_job(
             redrive(
@@ -107,8 +119,8 @@ def redrive_letters(
                 chosen,
                 max_redrives=max_redrives,
                 dry_run=dry_run,
-                on_refused=lambda letter, why: errors.print(
-                    printable(f"{letter.partition}:{letter.offset} stays: {why}", limit=300), markup=False
+                on_refused=lambda letter, why: stderr.print(
+                    printable(f"{letter.partition}:{letter.offset} is skipped: {why}", limit=300), markup=False
                 ),
                 on_progress=on_progress,
             )
@@ -118,21 +130,21 @@ def redrive_letters(
         return
     print(
         f"{'would redrive' if dry_run else 'redriven'} {done.redriven} of {done.matched} dead letters; "
-        f"{done.refused} would be refused again, {done.duplicates} say the same as another, "
+        f"{done.refused} would be refused again, {done.duplicates} are duplicates of another, "
         f"{done.came_back} came back too often"
     )
 
 
 def _filter(agent: str | None, stage: str | None, reason: str | None, offset: str | None = None) -> Filter:
     if stage not in (None, "worker", "sink"):
-        raise ConfigError(f"--stage {stage}: it is worker or sink")
+        raise ConfigError(f"--stage {stage}: must be worker or sink")
     return Filter(agent, stage, reason, None if offset is None else _offset(offset))
 
 
 def _offset(text: str) -> tuple[int, int]:
     partition, _, offset = text.rpartition(":")
     if not offset.isdecimal() or not (partition or "0").isdecimal():
-        raise ConfigError(f"{text!r} is no place in a topic: PARTITION:OFFSET, for instance 0:17")
+        raise ConfigError(f"{text!r} is no position in a topic: write PARTITION:OFFSET, such as 0:17")
     return int(partition or 0), int(offset)
 
 
@@ -152,8 +164,8 @@ def _letter_json(letter: DeadLetter) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal's stderr, and nothing elsewhere."""
+    """Show a bar if stderr is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -15,10 +15,10 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def parse_moment(text: str, now: datetime, *, option: str) -> datetime:
-    """Read a moment; ages count from `now`.
+    """Parse a moment; ages count back from `now`.
 
     Raises:
-        ConfigError: no such time; names the option, and shows what is accepted.
+        ConfigError: it is none; the message names the option and shows what is accepted.
     """
     text = text.strip()
     if text.lower() == "now":

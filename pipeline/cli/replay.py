@@ -1,4 +1,4 @@
-"""The commands `replay` and `refill`: their options and output; the jobs are wired in operations.py."""
+"""The commands `replay` and `refill`: their options and output."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import msgspec
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.cli.console import JsonOption, canonical_agents, command_settings, errors, run_job
+from pipeline.cli.console import CommandGroup, JsonOption, canonical_agents, command_settings, run_job, stderr
 from pipeline.cli.moments import parse_moment
-from pipeline.errors import ConfigError, ServiceUnavailable
+from pipeline.errors import ConfigError, ExitCode, ServiceUnavailable
 from pipeline.kafka.topics import TopicFacts, require_topics
 from pipeline.postgres.connections import connected
 from pipeline.postgres.migrations import require_schema
@@ -27,54 +27,61 @@ from pipeline.replay.replay import Interrupted, PairFilter, Replay, Summary
 from pipeline.roles.process import tune_garbage_collector
 from pipeline.settings import Settings
 
-EXIT_INTERRUPTED: Final = 130
 NOW: Final = "now"
-# Worker and sink come first where the processor is short: a replay can wait.
+# Worker and sink come first when the processor is busy: a replay can wait.
 _NICENESS: Final = 10
 
-app = typer.Typer()
+app = CommandGroup()
 
 
 @app.command()
 def replay(
     start: Annotated[
-        str | None, typer.Option("--from", metavar="T", help="Begin here: RFC 3339, or an age as '2h ago'.")
+        str | None,
+        typer.Option("--from", metavar="TIME", help="Start of the range: RFC 3339, or an age such as '2h ago'."),
     ] = None,
-    end: Annotated[str, typer.Option("--to", metavar="T", help="End before here.")] = NOW,
+    end: Annotated[str, typer.Option("--to", metavar="TIME", help="End of the range, itself excluded.")] = NOW,
     agents: Annotated[
-        list[str] | None, typer.Option("--agent", metavar="ID", help="Only this agent's rows; may be given again.")
+        list[str] | None, typer.Option("--agent", metavar="UUID", help="Only this agent's rows; repeat it for more.")
     ] = None,
     keys: Annotated[
-        list[str] | None, typer.Option("--key", metavar="K", help="Only this key's rows; may be given again.")
+        list[str] | None, typer.Option("--key", metavar="KEY", help="Only this key's rows; repeat it for more.")
     ] = None,
     source: Annotated[
         ReplaySource | None,
-        typer.Option(help="The topic to read: every report (the default), or what windows left of them."),
+        typer.Option(
+            help="The topic to read: events has every report, batches what the windows kept of them.",
+            show_default="events",
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing; count what would change.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would change.")] = False,
     rate: Annotated[
-        float | None, typer.Option(min=1, help="At most so many records read, or rows written, a second.")
+        float | None,
+        typer.Option(metavar="N", min=1, help="Read at most N records, and write at most N rows, a second."),
     ] = None,
     notify: Annotated[
         Literal["off", "final"] | None,
         typer.Option(
-            help="Tell listeners of an agent when its final rows are written. Default: AGENT_METADATA_NOTIFY."
+            help="final: notify listeners of an agent when its last row is written.",
+            show_default="final, or off if AGENT_METADATA_NOTIFY is off",
         ),
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep here which partitions are done; if it exists, go on from there."),
+        typer.Option(metavar="FILE", help="Keep the progress in this file, and resume from it if it exists."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read a time range of a topic again, and write what is newer than its row.
+    """Read a time range of a topic again, and write the values that are newer than their rows.
 
-    The range is of the broker's times of arrival. No row moves back, and the live group is not touched; so it is safe
-    at any time, and twice.
+    The range is one of arrival times at the broker. No row goes back to an older value, and the live consumer groups
+    are not touched, so a replay is safe at any time, and safe to repeat.
+
+    To see what it would do: agent-metadata replay --from '2h ago' --dry-run
     """
     settings = command_settings()
     if dry_run and resume:
-        raise ConfigError("--dry-run changes nothing, so there is nothing to --resume: leave one of them away")
+        raise ConfigError("--dry-run changes nothing, so there is nothing to --resume: give only one of them")
     only = PairFilter(canonical_agents(agents), frozenset(keys or ()))
     plan = load_plan(resume) if resume else None
     if plan is None:
@@ -93,9 +100,9 @@ def replay(
 def _new_plan(start: str | None, end: str, source: ReplaySource, only: PairFilter) -> ReplayPlan:
     now = datetime.now(UTC)
     if start is None:
-        raise ConfigError("say which range: --from T [--to T], as --from '2h ago'")
+        raise ConfigError("say which range: --from TIME [--to TIME], such as --from '2h ago'")
     began = parse_moment(start, now, option="--from")
-    # The topic's own end, whatever this machine's clock says.
+    # `now` is the topic's own end, whatever this machine's clock says.
     ends = None if end == NOW else parse_moment(end, now, option="--to")
     if began >= (ends or now):
         raise ConfigError(f"--from {began:%Y-%m-%dT%H:%M:%SZ} is not before --to {ends or now:%Y-%m-%dT%H:%M:%SZ}")
@@ -103,7 +110,7 @@ def _new_plan(start: str | None, end: str, source: ReplaySource, only: PairFilte
 
 
 def _require_same(plan: ReplayPlan, source: ReplaySource | None, only: PairFilter, file: Path | None) -> None:
-    """Refuse options that ask for another replay than the file's; --from and --to are the file's in any case."""
+    """Refuse options that contradict the file; --from and --to are the file's in any case."""
     asked = (source or plan.source, only if only else plan.only)
     if asked != (plan.source, plan.only):
         raise ConfigError(f"--resume {file} is of another replay: give the same --source, --agent and --key, or none")
@@ -155,27 +162,31 @@ class _Run:
         try:
             await job.run(self._plan.left, self._plan.summary, self._done)
         except Interrupted:
-            advice = f"go on with --resume {self._file}" if self._file else "--resume FILE would let it go on"
-            errors.print(f"interrupted with {self._plan.summary.changed} rows changed; {advice}", markup=False)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            advice = (
+                f"continue with --resume {self._file}" if self._file else "with --resume FILE it could be continued"
+            )
+            stderr.print(f"interrupted with {self._plan.summary.changed} rows changed; {advice}", markup=False)
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
         finally:
             self._save()
 
     def _require_topic(self, topic: TopicFacts) -> None:
         plan = self._plan
         if plan.topic_id != topic.topic_id:
-            raise ConfigError(f"--resume {self._file} is of a {plan.topic} that is gone: delete the file, begin anew")
-        errors.print(f"going on: {len(plan.done)} of {len(plan.ranges)} partitions are done", markup=False)
+            raise ConfigError(
+                f"--resume {self._file} is of a {plan.topic} that was deleted: delete the file and start again"
+            )
+        stderr.print(f"resuming: {len(plan.done)} of {len(plan.ranges)} partitions are done", markup=False)
 
     async def _find_ranges(self, topic: TopicFacts) -> None:
         plan = self._plan
         if topic.is_embedded:
             raise ConfigError(
-                "the embedded broker finds no records by time; name a real one in KAFKA_BOOTSTRAP_SERVERS"
+                "the embedded broker can't find records by time: set KAFKA_BOOTSTRAP_SERVERS to a real one"
             )
         found = await find_ranges(self._settings, topic, _ms(plan.start), _ms(plan.end))
         if any(item.is_cut for item in found):
-            errors.print(f"records of the range may be gone: retention has deleted the oldest of {topic.name}")
+            stderr.print(f"the range may be incomplete: retention has deleted the oldest records of {topic.name}")
         plan.topic, plan.topic_id = topic.name, topic.topic_id
         plan.ranges = found
 
@@ -208,7 +219,7 @@ _LABELS: Final = {
     "pairs": "pairs",
     "changed": "rows changed",
     "already_newer": "rows already as new or newer",
-    "undeclared": "pairs without a row, left out",
+    "undeclared": "pairs without a row, skipped",
     "refused": "rows that Postgres refused",
 }
 
@@ -236,8 +247,8 @@ def _progress() -> Progress:
         BarColumn(),
         TextColumn("{task.completed:,.0f} of {task.total:,.0f} records, {task.speed:,.0f}/s"),
         TimeRemainingColumn(),
-        console=errors,
-        disable=not errors.is_terminal,
+        console=stderr,
+        disable=not stderr.is_terminal,
     )
 
 
@@ -247,18 +258,16 @@ def _ms(moment: datetime | None) -> int | None:
 
 @app.command(name="refill")
 def refill_table(as_json: JsonOption = False) -> None:
-    """Write all that the batches topic holds into the table again, as a sink does by itself after it was emptied.
+    """Write everything in the batches topic into the table again, as a sink does by itself when the table was emptied.
 
-    No row moves back, and live writers go on; so it is safe at any time.
+    No row goes back to an older value, and live writers continue, so a refill is safe at any time.
     """
     settings = command_settings()
     os.nice(_NICENESS)
     started = time.monotonic()
     summary = run_job(_refill(settings))
     if summary is None:
-        raise ServiceUnavailable(
-            "the table is being refilled by another process: wait for it, see `agent-metadata status`"
-        )
+        raise ServiceUnavailable("another process is refilling the table: wait for it, see `agent-metadata status`")
     counts = msgspec.structs.asdict(summary)
     seconds = round(time.monotonic() - started, 3)
     _show({**counts, "already_newer": summary.already_newer, "seconds": seconds, "dry_run": False}, as_json=as_json)
@@ -279,5 +288,5 @@ async def _refill(settings: Settings) -> Summary | None:
                 on_start=_stop_on_signals,
             )
         except Interrupted:
-            errors.print("interrupted; run it again to have the rest refilled", markup=False)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            stderr.print("interrupted; run it again to refill the rest", markup=False)
+            raise typer.Exit(ExitCode.INTERRUPTED) from None

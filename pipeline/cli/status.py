@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
-from pipeline.cli.console import EXIT_FAILURE, JsonOption, canonical_agents, command_settings, errors, run_job
-from pipeline.errors import ConfigError
+from pipeline.cli.console import CommandGroup, JsonOption, canonical_agents, command_settings, run_job, stderr
+from pipeline.errors import ConfigError, ExitCode
 from pipeline.jobs.shadow import ShadowDiff, shadow_diff
 from pipeline.jobs.status import Status, gather_status
 from pipeline.jobs.trace import trace
@@ -21,10 +21,9 @@ from pipeline.postgres.connections import connected
 from pipeline.postgres.migrations import require_schema
 from pipeline.settings import Settings
 
-app = typer.Typer()
-shadow_app = typer.Typer(
-    help="A second table, written beside the one of coder's own batcher, to compare before switching over.",
-    no_args_is_help=True,
+app = CommandGroup()
+shadow_app = CommandGroup(
+    help="Compare a second table, written beside the one that coder's own batcher writes, before switching over."
 )
 app.add_typer(shadow_app, name="shadow")
 
@@ -32,21 +31,28 @@ app.add_typer(shadow_app, name="shadow")
 @app.command()
 def status(
     max_lag: Annotated[
-        float, typer.Option(min=0, help="Seconds that worker (besides its window) and sink may be behind.")
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0, help="How far the sink may be behind, and the worker in addition to its window."
+        ),
     ] = 30.0,
     stale_after: Annotated[
-        float, typer.Option(min=0, help="Seconds after which an agent without a newer value counts as stale.")
+        float, typer.Option(metavar="SECONDS", min=0, help="An agent without a newer value for this long is stale.")
     ] = 3600.0,
     metrics: Annotated[
         list[str] | None,
-        typer.Option(help="URL of a role's /metrics; may be given again. Default: AGENT_METADATA_METRICS_PORT, here."),
+        typer.Option(
+            metavar="URL",
+            help="Where a role serves /metrics; repeat it for more.",
+            show_default="those of `run` on this machine, by AGENT_METADATA_METRICS_PORT",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show lags, batches, dead letters and the table on one screen; exit code 0 if all is healthy, else 1."""
+    """Show lags, batches, dead letters and the table on one screen. Exit code 1 unless everything is healthy."""
     settings = command_settings()
     if bad := [url for url in metrics or () if not url.startswith(("http://", "https://"))]:
-        raise ConfigError(f"--metrics {bad[0]!r} is no URL: write http://host:port/metrics")
+        raise ConfigError(f"--metrics {bad[0]!r} is not a URL: write http://host:port/metrics")
     found, problems = run_job(_status(settings, max_lag, stale_after, metrics or _own_metrics(settings)))
     if as_json:
         answer = {"healthy": not problems, "problems": problems, **msgspec.structs.asdict(found)}
@@ -54,7 +60,7 @@ def status(
     else:
         _show_status(found, problems, stale_after)
     if problems:
-        raise typer.Exit(EXIT_FAILURE)
+        raise typer.Exit(ExitCode.FAILURE)
 
 
 async def _status(
@@ -67,7 +73,7 @@ async def _status(
 
 
 def _own_metrics(settings: Settings) -> list[str]:
-    """Where `run` serves metrics on this machine: the worker's at the port, the sink's one above."""
+    """Return where `run` serves metrics on this machine: the worker's at the port, the sink's one above."""
     port = settings.metrics_port
     return [f"http://localhost:{number}/metrics" for number in (port, port + 1)] if port else []
 
@@ -103,7 +109,9 @@ def _show_status(found: Status, problems: list[str], stale_after: float) -> None
     ):
         console.print(f"{name:15} {text}", markup=False)
     if found.outage_seconds is None:
-        console.print("? = no role's /metrics answers; name them: --metrics http://host:port/metrics", markup=False)
+        console.print(
+            "? = no role's /metrics answers; say where they are: --metrics http://host:port/metrics", markup=False
+        )
     for problem in problems:
         console.print(f"UNHEALTHY: {problem}", markup=False)
     if not problems:
@@ -120,9 +128,9 @@ def why(
     key: Annotated[str, typer.Argument(metavar="KEY", help="The metadata key.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Trace one pair: its newest event, the batch that carried it, its row, and why the row does not hold it, if so.
+    """Trace one pair: its newest event, the batch that carried it, its row, and what is missing between them.
 
-    Exit code 0 if the row is as new as the newest event, else 1.
+    Exit code 1 unless the row is as new as the newest event.
     """
     settings = command_settings()
     (agent_id,) = canonical_agents([agent_id], name="AGENT")
@@ -134,14 +142,14 @@ def why(
     else:
         _show_trace(settings, found, verdict, said)
     if verdict not in ("held", "row_newer"):
-        raise typer.Exit(EXIT_FAILURE)
+        raise typer.Exit(ExitCode.FAILURE)
 
 
 async def _trace(settings: Settings, agent_id: str, key: str) -> Found:
     async with connected(settings) as connection:
         await require_schema(connection)
         columns = (TextColumn("searching: {task.completed:,.0f} records, {task.speed:,.0f}/s"),)
-        with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bar:
+        with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
             task = bar.add_task("", total=None)
             return await trace(
                 settings, connection, agent_id, key, on_searched=lambda records: bar.advance(task, records)
@@ -173,15 +181,15 @@ def _entry(value: str, error: str, collected_at: datetime | None) -> str:
 
 @shadow_app.command("diff")
 def shadow_diff_command(
-    live: Annotated[str, typer.Option(metavar="SCHEMA", help="The schema of the table that coder writes.")] = "public",
+    live: Annotated[str, typer.Option(metavar="SCHEMA", help="Schema of the table that coder writes.")] = "public",
     settle: Annotated[
-        float, typer.Option(min=0, help="Leave out pairs that changed in the last so many seconds.")
+        float, typer.Option(metavar="SECONDS", min=0, help="Leave out pairs that changed less than this long ago.")
     ] = 15.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare the table of DATABASE_URL's search_path with the live one; exit code 1 if values differ or are missing.
+    """Compare the table in DATABASE_URL's search_path with the live one. Exit code 1 if values differ or are missing.
 
-    Times are not compared: coder stamps a report when its server gets it.
+    Times are not compared, because coder stamps a report when its server receives it.
     """
     settings = command_settings()
 
@@ -205,4 +213,4 @@ def shadow_diff_command(
             sides = (f"{side} {(pair[f'{side}_value'] or '')[:60]!a}" for side in ("live", "shadow"))
             print(f"{pair['agent_id']} {pair['key']!a}: {', '.join(sides)}")
     if found.different or found.only_live:
-        raise typer.Exit(EXIT_FAILURE)
+        raise typer.Exit(ExitCode.FAILURE)

@@ -149,7 +149,7 @@ async def test_list_and_show_tell_what_happened_and_redrive_leaves_what_would_be
 
     done = await dead_letter(pipeline, "redrive", "--all")
     assert "redriven 0 of 4 dead letters; 4 would be refused again" in done.stdout
-    assert f"{place} stays: agent_id is not a UUID" in done.stderr
+    assert f"{place} is skipped: agent_id is not a UUID" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ async def test_list_and_show_tell_what_happened_and_redrive_leaves_what_would_be
         (["redrive"], 2, "say which"),
         (["list", "--stage", "kitchen"], 2, "it is worker or sink"),
         (["show", "zero"], 2, "PARTITION:OFFSET"),
-        (["show", "0:99"], 1, "holds nothing at 0:99"),
+        (["show", "0:99"], 1, "has nothing at 0:99"),
     ],
 )
 async def test_mistakes_get_one_line(deploy, arguments, exit_code, said):

@@ -105,7 +105,7 @@ async def test_sink_that_is_away_is_seen_by_what_waits_for_it(deploy):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--metrics", "nonsense"], "is no URL"), (["--metrics", "file:///etc/passwd"], "is no URL")],
+    [(["--metrics", "nonsense"], "is not a URL"), (["--metrics", "file:///etc/passwd"], "is not a URL")],
 )
 async def test_wrong_address_of_metrics_is_refused(deploy, arguments, said):
     code, out, err = await status(await deploy(), *arguments)

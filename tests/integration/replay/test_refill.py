@@ -155,7 +155,7 @@ async def test_only_one_refills_at_a_time(deploy, database_url):
         code, out, err = await command(pipeline, "refill")
     await store.close()
     assert (code, out) == (1, "")
-    assert err.startswith("agent-metadata: the table is being refilled by another process")
+    assert err.startswith("agent-metadata: another process is refilling the table")
     assert (await command(pipeline, "refill"))[0] == 0
 
 

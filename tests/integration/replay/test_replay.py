@@ -152,7 +152,7 @@ async def test_interrupted_replay_goes_on_from_its_file_and_ends_in_the_same_tab
     running.send_signal(2)
     _, err = await asyncio.to_thread(running.communicate, timeout=30)
     assert running.returncode == 130, err
-    assert f"go on with --resume {file}" in err
+    assert f"continue with --resume {file}" in err
     assert "Traceback" not in err
     assert 1 <= len(done()) < 4
     finished, _ = await replay(pipeline, "--resume", str(file))
@@ -251,7 +251,7 @@ async def test_missing_topic_or_table_is_said_in_one_line(deploy):
 
 @pytest.mark.parametrize(
     ("command", "code", "words"),
-    [(["replay", "--from", "1h ago"], 2, "finds no records by time"), (["status"], 1, "embedded broker, for demos")],
+    [(["replay", "--from", "1h ago"], 2, "can't find records by time"), (["status"], 1, "embedded broker, for demos")],
 )
 async def test_embedded_broker_says_what_it_can_t_instead_of_finding_nothing(
     database_url, tmp_path, command, code, words
@@ -297,7 +297,7 @@ async def test_file_of_another_replay_or_topic_is_refused(deploy, tmp_path):
     assert "of another replay" in await refused(pipeline, *resume, "--key", "cpu", code=2)
     specs = load_topic_specs(names=pipeline.settings.topic_names, partitions=4)
     await recreate_topics(pipeline.settings.client_config(), specs)
-    assert "delete the file, begin anew" in await refused(pipeline, *resume, code=2)
+    assert "delete the file and start again" in await refused(pipeline, *resume, code=2)
     file.write_text("{}")
     assert "is not the file of a replay" in await refused(pipeline, *resume, code=2)
     assert "can't be written" in await refused(pipeline, "--from", "1h ago", "--resume", "/nonesuch/file", code=2)
