@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 COMMANDS = [
-    *[[name] for name in ("worker", "sink", "run", "watch", "produce", "demo", "config")],
+    *[[name] for name in ("worker", "sink", "run", "serve", "watch", "produce", "demo", "config")],
     *[[name] for name in ("replay", "refill", "status", "why")],
-    *[["shadow"], ["shadow", "diff"]],
+    *[["shadow"], ["shadow", "diff"], *[["dead-letter", name] for name in ("list", "show", "redrive")]],
     *[["topics"], ["topics", "create"], ["topics", "diff"], ["db"], ["db", "migrate"], ["db", "status"]],
 ]
 NEEDING_KAFKA = [["worker"], ["sink"], ["produce"], ["topics", "diff"]]
@@ -50,6 +50,7 @@ def test_help_of_a_command_says_what_it_does(command):
     assert (done.returncode, done.stderr) == (0, "")
     assert "Usage:" in done.stdout
     assert len(done.stdout.splitlines()) > 5
+    assert "<bool>" not in done.stdout  # a flag takes no value
 
 
 def test_help_names_every_command():
