@@ -1,4 +1,4 @@
-"""Fixtures: a Kafka and a Postgres from where they can be had, and a fresh database for each test."""
+"""Fixtures: a Kafka and a Postgres for all tests, and a fresh database and pipeline for each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.local import LocalServices, ServicesKind, docker_answers, kafka_classpath, start_services
 from tests.support.deployment import Deployment
 
-# An example takes as long as the machine is busy; hypothesis would call that flaky.
+# On a busy machine an example may take long; hypothesis would call that flaky.
 hypothesis.settings.register_profile("any-machine", deadline=None)
 hypothesis.settings.load_profile("any-machine")
 
@@ -25,7 +25,7 @@ SERVICES = pytest.StashKey[LocalServices]()
 
 
 def unavailable(reason: str, *, required_by: str) -> NoReturn:
-    """Skip the test, or fail it where the named variable says that CI relies on it."""
+    """Skip the test, or fail it if the named variable is 1: then CI relies on it."""
     if os.environ.get(required_by) == "1":
         pytest.fail(f"{reason} ({required_by}=1)", pytrace=False)
     pytest.skip(reason)
@@ -43,11 +43,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def services(pytestconfig: pytest.Config) -> Iterator[LocalServices]:
-    """A real Kafka and a real Postgres; PIPELINE_SERVICES (env, docker, packages) forces one source."""
+    """A real Kafka and a real Postgres; PIPELINE_SERVICES (env, docker, packages) says where from."""
     kind = cast("ServicesKind | None", os.environ.get("PIPELINE_SERVICES") or None)
-    said: list[str] = []
+    messages: list[str] = []
     try:
-        started = start_services(kind, say=said.append, prefer_docker=True)
+        started = start_services(kind, say=messages.append, prefer_docker=True)
     except PipelineError as error:
         if kind:
             raise
@@ -55,13 +55,13 @@ def services(pytestconfig: pytest.Config) -> Iterator[LocalServices]:
     with started:
         pytestconfig.stash[SERVICES] = started
         if not started.is_real_kafka:
-            unavailable(f"no real Kafka: {'; '.join(said)}", required_by="PIPELINE_REQUIRE_SERVICES")
+            unavailable(f"no real Kafka: {'; '.join(messages)}", required_by="PIPELINE_REQUIRE_SERVICES")
         yield started
 
 
 @pytest.fixture(scope="session")
 def kafka_jars() -> list[Path]:
-    """What a test needs to run brokers of its own: PackagedKafka(kafka_jars)."""
+    """The classpath for brokers of a test's own: PackagedKafka(kafka_jars)."""
     try:
         return kafka_classpath(print)
     except PipelineError as error:
@@ -91,7 +91,7 @@ async def database_url(services: LocalServices, request: pytest.FixtureRequest) 
 async def deploy(bootstrap_servers: str, database_url: str, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     """Make a pipeline of this test's own: `await deploy(window_seconds=1)`; its processes end with the test.
 
-    `topic_configs` go over what topics/ declares, by role.
+    `topic_configs`, by role, override what topics/ declares.
     """
     made: list[Deployment] = []
 

@@ -188,7 +188,7 @@ class _Demo:
                 await asyncio.sleep(0.2)
 
     async def _wait_until_heard(self, changes: Changes, expected: Mapping[Pair, Content]) -> int:
-        """Return of how many agents the listener was not told final values: 0 as soon as there are none."""
+        """Return how many agents had final values that the listener missed: 0 as soon as there are none."""
         deadline = time.monotonic() + _NOTIFICATION_SECONDS
         while True:
             changes.read()

@@ -1,4 +1,4 @@
-"""What the demo's result is judged by: the table, what a listener was told, and the metrics of worker and sink."""
+"""What the demo is judged by: the table, what a listener received, and the metrics of worker and sink."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Metrics(NamedTuple):
 
 
 class Changes:
-    """What a listener was told, read from the output of `watch --json` while it is written."""
+    """What a listener received, read from the output of `watch --json` while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.newest: dict[Pair, datetime] = {}
@@ -74,7 +74,7 @@ class Changes:
             self.freshness_seconds.append(change["notified_at"] - collected_at.timestamp())
 
     def missed_agents(self, expected: Mapping[Pair, Content]) -> set[str]:
-        """Return the agents of which the listener was not told a final value."""
+        """Return the agents that have a final value which the listener did not receive."""
         return {pair[0] for pair, content in expected.items() if self.newest.get(pair) != content[2]}
 
     def recent_freshness(self) -> float | None:

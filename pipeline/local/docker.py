@@ -1,4 +1,4 @@
-"""Kafka and Postgres in containers, by testcontainers: what tests prefer where a Docker engine answers."""
+"""Kafka and Postgres in containers, by testcontainers: what tests prefer if a Docker engine answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POSTGRES_IMAGE = "postgres:17-alpine"
 
 _ENGINE_SECONDS = 5
 
-# As the packaged broker has them, so that tests meet the same rules on both.
+# As for the packaged broker, so that tests meet the same rules on both.
 _KAFKA_ENVIRONMENT = {
     "KAFKA_AUTO_CREATE_TOPICS_ENABLE": "false",
     "KAFKA_GROUP_INITIAL_REBALANCE_DELAY_MS": "0",
@@ -28,7 +28,7 @@ _KAFKA_ENVIRONMENT = {
 
 
 def docker_answers() -> bool:
-    """Tell whether a Docker engine answers; False as well where its Python client is not installed."""
+    """Tell whether a Docker engine answers; False as well if its Python client is not installed."""
     try:
         import docker
     except ImportError:
@@ -48,7 +48,7 @@ def docker_answers() -> bool:
 
 
 def _socket_accepts(host: str) -> bool:
-    """Tell whether a Unix socket takes a connection: where it doesn't, docker's client would leave one open."""
+    """Tell whether a Unix socket accepts a connection: if not, docker's client would leave a socket open."""
     scheme, _, path = host.partition("://")
     if scheme != "http+unix":
         return True

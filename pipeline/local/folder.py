@@ -1,4 +1,4 @@
-"""Temporary folders that are removed even if their owner is killed: then by whoever makes the next one."""
+"""Temporary folders that are removed even if their owner is killed: then when the next one is created."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _LOCK = ".owner"
 
 
 class ThrowawayFolder:
-    """A folder below the system's temporary one, locked by this process as long as it is needed."""
+    """A folder in the system's temporary one, locked by this process as long as it is needed."""
 
     def __init__(self, purpose: str) -> None:
         remove_orphans()
         self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{purpose}-"))
-        # Locked before it has the name that remove_orphans() looks for; the kernel ends the lock with this
-        # process.
+        # Locked before it has the name that remove_orphans() looks for; the kernel releases the lock when this
+        # process ends.
         draft = self.path / f"{_LOCK}.draft"
         self._lock = draft.open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -32,7 +32,7 @@ class ThrowawayFolder:
 
 
 def remove_orphans() -> None:
-    """Remove the folders of this user's processes that ended without doing so."""
+    """Remove the folders that processes of this user left behind when they were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
             with (folder / _LOCK).open("r+") as lock:
@@ -40,5 +40,5 @@ def remove_orphans() -> None:
                     continue
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # not ours, not ready, gone meanwhile, or in use
+        except OSError:  # of another user, not ready, removed meanwhile, or in use
             continue

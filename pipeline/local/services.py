@@ -1,4 +1,4 @@
-"""Where services come from: the Kafka and the Postgres of a demo or a test, given or started here."""
+"""Where the Kafka and the Postgres of a demo, a test or a benchmark come from: given, or started here."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LocalServices:
     """
 
     bootstrap_servers: str
-    database_url: str = field(repr=False)  # it holds the password
+    database_url: str = field(repr=False)  # which includes the password
     broker: str
     """What Kafka is, in words without secrets; `database` likewise."""
     database: str
@@ -97,11 +97,11 @@ def start_services(
         prefer_docker: Try Docker before packages, as tests do.
 
     Raises:
-        ConfigError: `kind` can't be had as things are: a variable or a package is missing.
+        ConfigError: `kind` is not possible here: a variable or a package is missing.
         ServiceUnavailable: something did not come up, or does not answer.
     """
     if kind is not None and kind not in get_args(ServicesKind):
-        raise ConfigError(f"there are no services of kind {kind!r}: choose one of {', '.join(get_args(ServicesKind))}")
+        raise ConfigError(f"{kind!r} is no kind of services: choose one of {', '.join(get_args(ServicesKind))}")
     with ExitStack() as stack:
         # Postgres first: it is ready in under a second, so a wrong DATABASE_URL shows before a long download.
         database = _find_postgres(kind, prefer_docker, stack, say) if postgres else _NOT_STARTED
@@ -140,11 +140,11 @@ def _first_kafka(prefer_docker: bool, stack: ExitStack, say: Say) -> tuple[_Serv
         try:
             return _kafka_in_docker(stack, say), True
         except (ServiceUnavailable, ConfigError) as error:
-            say(f"{error}; taking Kafka from packages instead")
+            say(f"{error}; using Kafka from packages instead")
     try:
         classpath = kafka_classpath(say)
     except ServiceUnavailable as error:
-        say(f"{error}; using the embedded broker instead, which is no real Kafka")
+        say(f"{error}; using the embedded broker instead, which is not a real Kafka")
         return _embedded_kafka(stack, say), False
     return _packaged_kafka(classpath, stack, say), True
 
@@ -170,14 +170,14 @@ def _first_postgres(prefer_docker: bool, stack: ExitStack, say: Say) -> _Service
         try:
             return _postgres_in_docker(stack, say)
         except (ServiceUnavailable, ConfigError) as error:
-            say(f"{error}; taking PostgreSQL from packages instead")
+            say(f"{error}; using PostgreSQL from packages instead")
     return _packaged_postgres(stack, say)
 
 
 def _given(variable: str) -> str:
     value = os.environ.get(variable, "")
     if not value:
-        raise ConfigError(f"{variable} is not set: set it, or choose other services than 'env'")
+        raise ConfigError(f"{variable} is not set: set it, or choose services other than 'env'")
     return value
 
 
@@ -249,7 +249,7 @@ async def _query_version(url: str, place: str) -> str:
             await connection.close()
     except (asyncpg.exceptions.ClientConfigurationError, ValueError) as error:
         raise ConfigError(
-            f"{POSTGRES_VARIABLE} is no URL of a Postgres (postgresql://user@host:port/database): "
+            f"{POSTGRES_VARIABLE} is not the URL of a Postgres (postgresql://user@host:port/database): "
             f"{type(error).__name__}"
         ) from None
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:

@@ -34,9 +34,9 @@ async def browser() -> AsyncIterator[Browser]:
         await started.close()
 
 
-def is_expected(said: str) -> bool:
-    """Tell what the browser itself says of a server that is away or asks for a token."""
-    return said.startswith("Failed to load resource") or "net::ERR_" in said
+def is_expected(message: str) -> bool:
+    """Tell whether it is the browser's own message about a server that is down or asks for a token."""
+    return message.startswith("Failed to load resource") or "net::ERR_" in message
 
 
 @pytest.fixture

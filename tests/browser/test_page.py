@@ -95,8 +95,8 @@ async def test_page_reconnects_when_the_server_is_back_and_shows_what_it_has_the
     await server.stop()
     await expect(page.locator("#status")).to_have_attribute("data-state", "cut")
     await expect(cell(page, A1, 0)).to_have_text("old")
-    async with serving(port=server.port) as heir:
-        heir.change(A1, "cpu", "new")
+    async with serving(port=server.port) as successor:
+        successor.change(A1, "cpu", "new")
         await expect(cell(page, A1, 0)).to_have_text("new")
         await expect(page.locator("#status")).to_have_text("live")
         await expect(row(page, A2)).to_have_count(0)

@@ -1,4 +1,4 @@
-"""A fixture of several tests: a connection to a database with all tables."""
+"""A connection to a fresh database with all tables."""
 
 import asyncpg
 import pytest

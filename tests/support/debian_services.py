@@ -34,7 +34,7 @@ def _own(*paths: Path) -> None:
 
 @contextmanager
 def postgres_with_tls(folder: Path, server_pem: Path) -> Iterator[str]:
-    """Start a server with a certificate; give the URL of its database, without sslmode."""
+    """Start a server with a certificate; yield the URL of its database, without sslmode."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
     if not found:
         _missing("postgresql")
@@ -77,7 +77,7 @@ def _is_ready(binaries: Path, port: int) -> bool:
 
 @contextmanager
 def pgbouncer(folder: Path, database_url: str, **settings: str) -> Iterator[str]:
-    """Put a PgBouncer before a database, with its default settings but for those given; give the URL through it."""
+    """Put a PgBouncer before a database, with its defaults but for `settings`; yield the URL through it."""
     program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         _missing("pgbouncer")

@@ -39,7 +39,7 @@ class Event(NamedTuple):
 
 
 class Serving:
-    """A server whose table the test fills by hand."""
+    """A server whose table the test fills itself."""
 
     def __init__(self, *, port: int = 0, **options: Any) -> None:
         self.table = LiveTable()

@@ -1,4 +1,4 @@
-"""The supervisor, with processes that a test makes."""
+"""The supervisor, with processes that the test provides."""
 
 import asyncio
 

@@ -1,5 +1,6 @@
 """The command line against real services: topics, tables, producing, and how processes start and stop."""
 
+import asyncio
 import json
 import os
 import select
@@ -14,6 +15,7 @@ import asyncpg
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
+from pipeline.core.agent_ids import NOTIFY_CHANNEL, encode_agent_id_chunks
 from pipeline.local.deployment import Deployment
 from tests.support.coder import CODERS_TABLES
 
@@ -187,9 +189,9 @@ def test_start_without_topics_exits_with_1_and_says_how_to_make_them(agent_metad
 def test_sink_without_tables_exits_with_1_and_says_how_to_make_them(agent_metadata, topics):
     done = agent_metadata("sink")
     assert (done.returncode, done.stdout) == (1, "")
-    said = complaint(done)
-    assert "lacks 0001_metadata" in said
-    assert "run `agent-metadata db migrate`" in said
+    message = complaint(done)
+    assert "lacks 0001_metadata" in message
+    assert "run `agent-metadata db migrate`" in message
 
 
 @pytest.mark.parametrize(("undeclared", "starts"), [("insert", False), ("ignore", True)])
@@ -206,13 +208,13 @@ async def test_sink_on_coders_own_table_starts_only_where_undeclared_pairs_are_i
         return
     done = agent_metadata("sink", AGENT_METADATA_UNDECLARED=undeclared)
     assert (done.returncode, done.stdout) == (2, "")
-    said = complaint(done)
-    assert "takes no new rows, for display_name, script, timeout, interval can't be null" in said
-    assert "set AGENT_METADATA_UNDECLARED=ignore, or give them defaults" in said
+    message = complaint(done)
+    assert "takes no new rows, for display_name, script, timeout, interval can't be null" in message
+    assert "set AGENT_METADATA_UNDECLARED=ignore, or give them defaults" in message
 
 
-@pytest.mark.parametrize(("part", "said"), [("password", "28P01"), ("database", "3D000")])
-def test_sink_that_postgres_does_not_let_in_says_what_to_check(agent_metadata, topics, environment, part, said):
+@pytest.mark.parametrize(("part", "sqlstate"), [("password", "28P01"), ("database", "3D000")])
+def test_sink_that_postgres_does_not_let_in_says_what_to_check(agent_metadata, topics, environment, part, sqlstate):
     url = urlsplit(environment["DATABASE_URL"])
     if part == "password":
         url = url._replace(netloc=f"{url.username}:wrong-pony@{url.hostname}:{url.port}")
@@ -221,13 +223,13 @@ def test_sink_that_postgres_does_not_let_in_says_what_to_check(agent_metadata, t
     done = agent_metadata("sink", DATABASE_URL=url.geturl())
     assert (done.returncode, done.stdout) == (2, "")
     line = complaint(done)
-    assert said in line
+    assert sqlstate in line
     assert line.endswith("; check user, password and database in DATABASE_URL")
     assert "wrong-pony" not in line
 
 
 class Running:
-    """A command that runs until it is told to stop; it ends with the test in any case."""
+    """A command that runs until it is stopped, at the latest when the test ends."""
 
     def __init__(self, environment, *arguments):
         self._process = subprocess.Popen(
@@ -238,7 +240,7 @@ class Running:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        self.said = ""
+        self.output = ""
 
     def __enter__(self):
         return self
@@ -254,14 +256,14 @@ class Running:
         self._process.stdout.close()
 
     def wait_for(self, *events):
-        """Read what it says until all events are in it."""
+        """Read its output until all events are in it."""
         deadline = time.monotonic() + 60
-        while not all(event in self.said for event in events):
+        while not all(event in self.output for event in events):
             ready, _, _ = select.select([self._process.stdout], [], [], max(0, deadline - time.monotonic()))
-            assert ready, self.said
+            assert ready, self.output
             data = os.read(self._process.stdout.fileno(), 65536)
-            assert data, self.said
-            self.said += data.decode()
+            assert data, self.output
+            self.output += data.decode()
 
     def signal(self, number):
         self._process.send_signal(number)
@@ -271,7 +273,7 @@ class Running:
         started = time.monotonic()
         self._process.send_signal(by)
         rest, _ = self._process.communicate(timeout=40)
-        self.said += rest.decode()
+        self.output += rest.decode()
         return self._process.returncode, time.monotonic() - started
 
 
@@ -280,9 +282,9 @@ def test_run_stops_both_roles_cleanly_on_a_signal(environment, topics, tables, b
     with Running(environment, "run") as running:
         running.wait_for("worker_started", "sink_started", "partitions_assigned")
         code, seconds = running.stop(by)
-    assert (code, seconds < 20) == (0, True), running.said
-    assert "worker_stopped" in running.said
-    assert "sink_stopped" in running.said
+    assert (code, seconds < 20) == (0, True), running.output
+    assert "worker_stopped" in running.output
+    assert "sink_stopped" in running.output
 
 
 def test_run_without_tables_says_so_and_goes_on_once_they_are_made(environment, agent_metadata, topics):
@@ -291,14 +293,14 @@ def test_run_without_tables_says_so_and_goes_on_once_they_are_made(environment, 
         assert agent_metadata("db", "migrate").returncode == 0
         running.wait_for("worker_started", "sink_started")
         assert running.stop(signal.SIGTERM)[0] == 0
-    assert "Traceback" not in running.said
+    assert "Traceback" not in running.output
 
 
 def test_run_logs_json_and_nothing_else_where_that_is_set(environment, topics, tables):
     with Running(environment, "run") as running:
         running.wait_for("worker_started", "sink_started", "partitions_assigned")
         running.stop(signal.SIGTERM)
-    entries = [json.loads(line) for line in running.said.splitlines()]
+    entries = [json.loads(line) for line in running.output.splitlines()]
     assert {"event", "level", "timestamp"} <= set.intersection(*map(set, entries))
 
 
@@ -307,8 +309,8 @@ def test_role_signalled_right_after_its_start_stops_cleanly(environment, topics,
     with Running(environment, command) as running:
         running.wait_for(f"{command}_started")
         code, seconds = running.stop(signal.SIGTERM)
-    assert (code, seconds < 20) == (0, True), running.said
-    assert "Traceback" not in running.said
+    assert (code, seconds < 20) == (0, True), running.output
+    assert "Traceback" not in running.output
 
 
 @pytest.mark.parametrize("command", ["worker", "run"])
@@ -322,9 +324,9 @@ def test_second_signal_ends_at_once_and_what_was_read_is_read_again(
         for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT):  # so that it sees both before it has ended
             running.signal(number)
         code, seconds = running.stop(signal.SIGCONT)
-    assert code in (128 + signal.SIGTERM, 128 + signal.SIGINT), running.said
+    assert code in (128 + signal.SIGTERM, 128 + signal.SIGINT), running.output
     assert seconds < 5
-    assert "Traceback" not in running.said
+    assert "Traceback" not in running.output
     with Running(environment, "run") as running, Running(environment, "watch", A1) as watching:
         running.wait_for("worker_started", "sink_started")
         watching.wait_for("12%")
@@ -338,7 +340,7 @@ def test_run_carries_a_report_from_stdin_to_a_watcher(environment, agent_metadat
         assert agent_metadata("produce", stdin=json.dumps(line)).returncode == 0
         watching.wait_for("\n")
         assert running.stop(signal.SIGTERM)[0] == 0
-    change = json.loads(watching.said.splitlines()[0])
+    change = json.loads(watching.output.splitlines()[0])
     del change["notified_at"]
     assert change == {
         "agent_id": A1,
@@ -351,25 +353,36 @@ def test_run_carries_a_report_from_stdin_to_a_watcher(environment, agent_metadat
 
 def test_watch_ends_on_ctrl_c_without_a_traceback(environment, tables):
     with Running(environment, "watch") as watching:
-        # It says nothing while nothing changes: give it a change, so that it is known to listen.
+        # It prints nothing while nothing changes: once it has printed a change, it is known to listen.
         write_row(environment["DATABASE_URL"])
         watching.wait_for("\n")
         code, seconds = watching.stop(signal.SIGINT)
     assert (code, seconds < 10) == (130, True)
-    assert "Traceback" not in watching.said
+    assert "Traceback" not in watching.output
 
 
-def write_row(database_url):
-    import asyncio
+def test_watch_whose_reader_has_gone_ends_without_a_complaint(environment, tables):
+    command = [sys.executable, "-m", "pipeline", "watch"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watching:
+        write_row(environment["DATABASE_URL"], "first")
+        assert b"first" in watching.stdout.readline()
+        watching.stdout.close()
+        write_row(environment["DATABASE_URL"], "second")
+        assert watching.wait(60) == 1  # Typer's code for it
+        assert watching.stderr.read() == b""
 
-    import asyncpg
 
-    async def job():
-        connection = await asyncpg.connect(database_url)
-        await connection.execute(
-            "insert into workspace_agent_metadata (workspace_agent_id, key, display_name) values ($1, 'k', 'K')",
-            uuid.UUID(A1),
-        )
-        await connection.close()
+def write_row(database_url, key="k"):
+    asyncio.run(_write_row(database_url, key))
 
-    asyncio.run(job())
+
+async def _write_row(database_url, key):
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(
+        "insert into workspace_agent_metadata (workspace_agent_id, key, display_name) values ($1, $2, 'K')",
+        uuid.UUID(A1),
+        key,
+    )
+    (payload,) = encode_agent_id_chunks([uuid.UUID(A1)])
+    await connection.execute("select pg_notify($1, $2)", NOTIFY_CHANNEL, payload)
+    await connection.close()

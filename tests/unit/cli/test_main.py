@@ -1,4 +1,4 @@
-"""The command line without services: help, usage errors, and servers that are not there."""
+"""The command line without services: help, usage errors, and servers that do not answer."""
 
 import os
 import subprocess
@@ -96,7 +96,7 @@ def test_watch_of_no_uuid_exits_with_2_and_shows_it():
 
 @pytest.fixture(scope="module")
 def without_a_broker():
-    """What commands that need Kafka end with, by command; they wait at the same time, as each gives up after 8 s."""
+    """How commands that need Kafka end, by command; they run at the same time, as each gives up after 8 s."""
 
     def timed(command):
         started = time.monotonic()
@@ -111,19 +111,19 @@ def without_a_broker():
 def test_broker_that_is_not_there_exits_with_1_in_time_and_says_what_to_do(without_a_broker, command):
     done, seconds = without_a_broker[tuple(command)]
     assert (done.returncode, seconds < GIVES_UP_SECONDS) == (1, True)
-    said = complaint(done)
-    assert f"Kafka at {NOBODY} can't be reached" in said
-    assert "Connection refused" in said
-    assert "is it up, and the address right?" in said
+    message = complaint(done)
+    assert f"Kafka at {NOBODY} can't be reached" in message
+    assert "Connection refused" in message
+    assert "is it up, and the address right?" in message
 
 
 @pytest.mark.parametrize("command", [["db", "status"], ["db", "migrate"], ["watch"]], ids=" ".join)
 def test_database_that_is_not_there_exits_with_1_and_says_what_to_do(command):
     done = agent_metadata(*command, DATABASE_URL=f"postgresql://u:secret@{NOBODY}/d")
     assert done.returncode == 1
-    said = complaint(done)
-    assert "is it up, and DATABASE_URL right?" in said
-    assert "secret" not in said
+    message = complaint(done)
+    assert "is it up, and DATABASE_URL right?" in message
+    assert "secret" not in message
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,6 @@ def test_database_that_is_not_there_exits_with_1_and_says_what_to_do(command):
 def test_database_url_that_is_none_exits_with_2_and_does_not_show_the_password(url):
     done = agent_metadata("db", "status", DATABASE_URL=url)
     assert done.returncode == 2
-    said = complaint(done)
-    assert "DATABASE_URL" in said
-    assert "sec" not in said
+    message = complaint(done)
+    assert "DATABASE_URL" in message
+    assert "sec" not in message
