@@ -30,7 +30,6 @@ from pipeline.settings import PREFIX, load_settings
 ADDRESSES: Final = {"kafka_bootstrap_servers": KAFKA_VARIABLE, "database_url": POSTGRES_VARIABLE}
 
 _START_SECONDS: Final = 60.0
-_READY_SECONDS: Final = 20.0
 # More than any command takes by itself: a role drains for 15 s, and `run` kills it after 20 s.
 _STOP_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.02
@@ -180,9 +179,9 @@ class Deployment:
         """Return when all ports of a role answer that they are ready.
 
         Raises:
-            ServiceUnavailable: it ended first, or took longer than 20 s.
+            ServiceUnavailable: it ended first, or took longer than 60 s.
         """
-        deadline = time.monotonic() + _READY_SECONDS
+        deadline = time.monotonic() + _START_SECONDS
         while any(ask(port, "/ready")[0] != 200 for port in ports):
             if role.poll() is not None or time.monotonic() > deadline:
                 raise ServiceUnavailable(f"`{role.role}` did not come up: see its messages above")
