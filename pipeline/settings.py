@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import re
 import tomllib
@@ -14,13 +13,13 @@ from typing import Any, Final, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, TomlConfigSettingsSource
 
 from pipeline.errors import ConfigError
-from pipeline.kafka.security import librdkafka_security, refuse_impossible
+from pipeline.kafka.security import PREFIX as PREFIX  # it is the prefix of all settings: exported from here too
+from pipeline.kafka.security import KafkaSecurity
 from pipeline.kafka.topics import TopicSpec, load_topic_specs
 
-PREFIX = "AGENT_METADATA_"
 CONFIG_FILE_VARIABLE: Final = "AGENT_METADATA_CONFIG_FILE"
 # How long a role that is told to stop may bring out what it holds. Source: metadatabatcher's final flush.
 SHUTDOWN_SECONDS: Final = 15.0
@@ -33,40 +32,13 @@ _IN_WORDS: Final = {
 }
 
 
-class Settings(BaseSettings):
+class Settings(KafkaSecurity):
     """What an operator may set; each field's environment variable is its name in capitals behind AGENT_METADATA_.
 
     KAFKA_BOOTSTRAP_SERVERS, DATABASE_URL and DATABASE_LISTEN_URL are shared with other programs and carry no prefix.
     In the TOML file that AGENT_METADATA_CONFIG_FILE names, a setting is called as its field here.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, populate_by_name=True, extra="forbid")
-
-    kafka_bootstrap_servers: str = Field(
-        default="localhost:9092",
-        validation_alias="KAFKA_BOOTSTRAP_SERVERS",
-        description="host:port of one or more brokers, comma separated",
-    )
-    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
-        default="PLAINTEXT", description="how Kafka is spoken to, as Kafka names it"
-    )
-    kafka_ssl_cafile: str | None = Field(
-        default=None, description="PEM file of the CAs that are trusted, the token URL's included; unset: the system's"
-    )
-    kafka_ssl_certfile: str | None = Field(default=None, description="PEM file of this client's certificate, for mTLS")
-    kafka_ssl_keyfile: str | None = Field(default=None, description="PEM file of its key")
-    kafka_ssl_key_password: SecretStr | None = Field(default=None, description="of an encrypted key")
-    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = Field(
-        default=None, description="for SASL_SSL and SASL_PLAINTEXT"
-    )
-    kafka_sasl_username: str | None = Field(default=None, description="for PLAIN and SCRAM")
-    kafka_sasl_password: SecretStr | None = Field(default=None, description="for PLAIN and SCRAM")
-    kafka_sasl_oauth_token_url: str | None = Field(
-        default=None, description="where OAUTHBEARER's tokens come from, by OAuth's client credentials"
-    )
-    kafka_sasl_oauth_client_id: str | None = Field(default=None, description="for OAUTHBEARER")
-    kafka_sasl_oauth_client_secret: SecretStr | None = Field(default=None, description="for OAUTHBEARER")
-    kafka_sasl_oauth_scope: str | None = Field(default=None, description="for OAUTHBEARER, if the token URL wants one")
     database_url: SecretStr = Field(
         default=SecretStr("postgresql://localhost/agent_metadata"),
         validation_alias="DATABASE_URL",
@@ -137,15 +109,6 @@ class Settings(BaseSettings):
     )
     log_format: Literal["console", "json"] = Field(default="console", description="of the log on stderr")
 
-    @field_validator("kafka_bootstrap_servers")
-    @classmethod
-    def _is_server_list(cls, value: str) -> str:
-        for server in value.split(","):
-            host, _, port = server.strip().rpartition(":")
-            if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
-                raise ValueError(f"{server.strip()!r} is not host:port")
-        return value
-
     @field_validator("database_url", "database_listen_url")
     @classmethod
     def _is_postgres_url(cls, value: SecretStr | None) -> SecretStr | None:
@@ -170,11 +133,6 @@ class Settings(BaseSettings):
             raise ValueError("EVENTS_TOPIC, BATCHES_TOPIC and DEAD_LETTER_TOPIC must be three topics")
         return self
 
-    @model_validator(mode="after")
-    def _security_fits(self) -> Settings:
-        refuse_impossible(self)
-        return self
-
     @classmethod
     def settings_customise_sources(
         cls,
@@ -196,17 +154,6 @@ class Settings(BaseSettings):
     def sink_group(self) -> str:
         """The sink's consumer group."""
         return f"{self.consumer_group}-sink"
-
-    def client_config(self) -> dict[str, Any]:
-        """Return what every confluent-kafka client of ours needs to reach the cluster."""
-        return {
-            "bootstrap.servers": self.kafka_bootstrap_servers,
-            **librdkafka_security(self),
-            "client.id": "agent-metadata",
-            "topic.metadata.refresh.interval.ms": 30_000,
-            "log.connection.close": False,
-            "logger": logging.getLogger("librdkafka"),  # else it writes to stderr in a format of its own
-        }
 
     @property
     def topic_names(self) -> dict[str, str]:

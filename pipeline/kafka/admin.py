@@ -19,7 +19,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from pipeline.errors import ServiceUnavailable, TopicMismatch
-from pipeline.kafka.security import why_certificate_refused
+from pipeline.kafka.tls import why_certificate_refused
 
 # What brokers without topic ids report (Kafka's Uuid.ZERO_UUID).
 _NO_TOPIC_ID: Final = "AAAAAAAAAAAAAAAAAAAAAA"

@@ -19,8 +19,7 @@ from aiokafka.abc import AbstractTokenProvider
 from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
 
 from pipeline.errors import ServiceUnavailable
-from pipeline.kafka.security import tls_context
-from pipeline.settings import Settings
+from pipeline.kafka.security import KafkaSecurity, secret_text
 
 _REQUEST_SECONDS: Final = 10.0
 # The part of its life after which a token is fetched anew. Source: librdkafka's.
@@ -31,47 +30,45 @@ _DEFAULT_LIFE_SECONDS: Final = 60.0
 _log = structlog.get_logger(__name__)
 
 
-def faust_credentials(settings: Settings) -> Any:
+def faust_credentials(security: KafkaSecurity) -> Any:
     """Return what a Faust app takes as broker_credentials; None for PLAINTEXT."""
-    protocol, mechanism = settings.kafka_security_protocol, settings.kafka_sasl_mechanism
+    protocol, mechanism = security.kafka_security_protocol, security.kafka_sasl_mechanism
     if protocol == "PLAINTEXT":
         return None
-    context = tls_context(settings) if protocol in ("SSL", "SASL_SSL") else None
+    context = security.tls_context() if protocol in ("SSL", "SASL_SSL") else None
     if protocol == "SSL":
         return faust.SSLCredentials(context)
     if mechanism == "OAUTHBEARER":
-        return faust.OAuthCredentials(oauth_cb=TokenProvider(settings), ssl_context=context)
-    password = settings.kafka_sasl_password
+        return faust.OAuthCredentials(oauth_cb=TokenProvider(security), ssl_context=context)
     return faust.SASLCredentials(
-        username=settings.kafka_sasl_username,
-        password=password.get_secret_value() if password else "",
+        username=security.kafka_sasl_username,
+        password=secret_text(security.kafka_sasl_password),
         ssl_context=context,
         mechanism=mechanism,
     )
 
 
-def aiokafka_security(settings: Settings) -> Mapping[str, Any]:
+def aiokafka_security(security: KafkaSecurity) -> Mapping[str, Any]:
     """Return the arguments about security that an aiokafka client takes."""
-    arguments: Mapping[str, Any] = credentials_to_aiokafka_auth(faust_credentials(settings))
+    arguments: Mapping[str, Any] = credentials_to_aiokafka_auth(faust_credentials(security))
     return arguments
 
 
 class TokenProvider(AbstractTokenProvider):
     """Fetches tokens by OAuth's client credentials (RFC 6749, 4.4), as librdkafka does by itself."""
 
-    def __init__(self, settings: Settings) -> None:
-        client_id, secret = settings.kafka_sasl_oauth_client_id, settings.kafka_sasl_oauth_client_secret
-        # Not percent-encoded as RFC 6749 2.3.1 has it: librdkafka doesn't either, and both must be let in.
-        client = f"{client_id}:{secret.get_secret_value() if secret else ''}"
-        self._url = settings.kafka_sasl_oauth_token_url or ""
+    def __init__(self, security: KafkaSecurity) -> None:
+        # Not percent-encoded, against RFC 6749 2.3.1: librdkafka doesn't either, and the server must accept both.
+        client = f"{security.kafka_sasl_oauth_client_id}:{secret_text(security.kafka_sasl_oauth_client_secret)}"
+        self._url = security.kafka_sasl_oauth_token_url or ""
         self._headers = {
             "Authorization": f"Basic {b64encode(client.encode()).decode()}",
             "Content-Type": "application/x-www-form-urlencoded",
             "Accept": "application/json",
         }
-        scope = settings.kafka_sasl_oauth_scope
+        scope = security.kafka_sasl_oauth_scope
         self._form = urlencode({"grant_type": "client_credentials", **({"scope": scope} if scope else {})}).encode()
-        self._context: ssl.SSLContext = tls_context(settings)
+        self._context: ssl.SSLContext = security.tls_context()
         self._token = ""
         self._refresh_at = 0.0  # of the monotonic clock
 

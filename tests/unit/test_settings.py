@@ -72,7 +72,7 @@ def test_wrong_variable_is_named_with_its_value_and_what_is_allowed(monkeypatch,
 
 
 def test_wrong_variables_cover_every_setting():
-    # Any text will do for these, by itself: test_kafka_security.py has what they can be wrong beside.
+    # Any text will do for these, by itself: tests/unit/kafka/test_security.py has what they can be wrong beside.
     texts = {name for name in VARIABLES.values() if name.startswith(("AGENT_METADATA_KAFKA_S", "DATABASE_"))}
     assert {variable for variable, *_ in WRONG} | texts | SECRET == set(VARIABLES.values())
 
