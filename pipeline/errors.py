@@ -1,9 +1,12 @@
-"""What went wrong, as types that say what the caller does next."""
+"""What went wrong, as types that say what the caller does next; and how long a service may take to answer."""
 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, Final
+
+# How long a service may take to answer a request before it counts as unavailable; one that is well needs milliseconds.
+ANSWER_SECONDS: Final = 10.0
 
 
 class ExitCode(IntEnum):
@@ -32,22 +35,22 @@ class ConfigError(PipelineError):
 
 
 class TopicMismatch(PipelineError):
-    """The cluster's topics are missing or disagree with what is declared: refuse to run until they are made to fit."""
+    """The cluster's topics are missing or differ from their declarations: refuse to run until they match."""
 
 
 class SchemaMismatch(PipelineError):
-    """The database lacks tables or migrations: refuse to run until `agent-metadata db migrate` has."""
+    """The database lacks tables or migrations: refuse to run until `agent-metadata db migrate` has run."""
 
 
 class DecodeError(PipelineError):
-    """A record can't be read: dead-letter it with this reason; another try would end the same way."""
+    """A record can't be decoded: dead-letter it with this reason; another attempt would fail the same way."""
 
 
 class ServiceUnavailable(PipelineError):
-    """Kafka or Postgres is away or busy: keep what you have, wait, try again."""
+    """Kafka or Postgres is unavailable or busy: keep what you have, wait, try again."""
 
     retriable: ClassVar[bool] = True
-    unpublished: int = 0  # NOTIFY payloads that Postgres had taken before it failed; another try sends them again
+    unpublished: int = 0  # NOTIFY payloads that Postgres accepted before it failed; the next attempt sends them again
 
 
 class RowRejected(PipelineError):
@@ -59,7 +62,7 @@ class RowRejected(PipelineError):
 
 
 class ProgressGap(PipelineError):
-    """Records before these are not applied: go back to `expected`, unless they exist no more."""
+    """Records before these are not applied yet: go back to `expected`, unless they no longer exist."""
 
     def __init__(self, expected: int, got: int) -> None:
         super().__init__(f"the next offset to apply is {expected}, but the records begin at {got}")

@@ -1,4 +1,4 @@
-"""MetadataProducer: how an agent, or what speaks for agents, reports its metadata."""
+"""MetadataProducer: how an agent, or a program that speaks for agents, reports metadata."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.core.report import Entry, Report, apply_limits, encode_report, key_problem
 from pipeline.errors import PipelineError
+from pipeline.kafka.errors import log_unavailable
 from pipeline.monitoring.metrics import PREFIX, ProducerMetrics
 
-# Source: metadatabatcher warns of dropped entries at most this often.
+# A full queue is logged at most this often. Source: metadatabatcher.
 DROP_WARNING_SECONDS: Final = 10.0
 _LINGER_MS: Final = 20
 
@@ -27,10 +28,16 @@ _log = structlog.get_logger(__name__)
 
 
 class MetadataProducer:
-    """Produces reports to the events topic; made for one process, usable from several threads.
+    """Produces agents' reports to the events topic; make one per process, usable from several threads.
 
-    Guarantee: an accepted report that Kafka acknowledged (acks=all, idempotent) is not lost; one report stays one
-    record, and an agent's records stay in order. What is not acknowledged is counted and logged.
+        with MetadataProducer({"bootstrap.servers": "localhost:9092"}) as producer:
+            producer.add(uuid.UUID("0b7c1e1c-3a54-4be5-9f0e-2a8f7b1ac001"), ["cpu", "mem"], ["12%", "3 GB"], ["", ""])
+
+    `add` queues a report and returns at once; a thread of librdkafka's sends it. Leaving the block waits up to 15 s for
+    Kafka to acknowledge all reports; `flush` waits earlier.
+
+    Guarantee: a report that Kafka acknowledged (acks=all, idempotent) is not lost; one report stays one record, and an
+    agent's records stay in order. Reports that are not acknowledged are counted and logged.
     """
 
     def __init__(
@@ -43,10 +50,16 @@ class MetadataProducer:
         logger: Any = None,
         max_queued_reports: int = 100_000,
     ) -> None:
-        """Make a producer.
+        """Make a producer; it connects by itself, and reconnects after an outage.
 
-        `registry` takes its metrics, `metrics_prefix` is that of `dropped_keys` (metrics.CODER_PREFIX for coder's own
-        name); `logger` is a structlog logger, by default this module's.
+        Args:
+            client_config: librdkafka's configuration, as confluent_kafka.Producer takes it: `bootstrap.servers`, and
+                `security.protocol`, `sasl.*` and `ssl.*` where the cluster needs them.
+            topic: the events topic; `agent-metadata topics create` creates it.
+            registry: where to register the metrics; by default they are not exported.
+            metrics_prefix: prefix of the metric `dropped_keys`; metrics.CODER_PREFIX gives it coder's own name.
+            logger: a structlog logger; by default this module's.
+            max_queued_reports: how many reports may wait in memory, beyond which `add` drops new ones.
         """
         self._topic = topic
         self._metrics = ProducerMetrics(registry or CollectorRegistry(), metrics_prefix)
@@ -65,7 +78,7 @@ class MetadataProducer:
                 # Java's default for keyed records, so that an agent's records from any client share a partition.
                 "partitioner": "murmur2",
                 "queue.buffering.max.messages": max_queued_reports,
-                "error_cb": partial(_log_error, self._log),
+                "error_cb": partial(log_unavailable, log=self._log),
             }
         )
 
@@ -79,35 +92,36 @@ class MetadataProducer:
     ) -> bool:
         """Queue one report; never blocks. Return False if the local queue was full and the report was dropped.
 
-        Shape: equally long sequences; no keys make no report. `collected_at` is one aware time for all keys, one a
-        key, or None: then the broker's time of arrival counts.
+        Shape: `keys`, `values` and `errors` are equally long, an error being "" where there is none; without keys there
+        is no report. `collected_at` is an aware time for all keys, one per key, or None for the time at which the
+        report reaches Kafka.
 
         Raises:
-            ValueError: lengths differ, a time is naive, a key is too long, the report is too large for a record
-                (nothing is queued), or the keys together exceed 6,144 bytes: what came before that key is queued,
-                as coder's agent API does.
+            ValueError: lengths differ, a time is naive, a key is too long, or the report is too large for a record
+                (nothing is queued); or the keys together exceed 6,144 bytes: the keys before that are queued, as in
+                coder's agent API.
             RuntimeError: the producer is closed.
-            PipelineError: Kafka takes no reports for this topic from this user; or, for good, from this producer.
+            PipelineError: Kafka refuses reports for this topic from this user; or, for good, from this producer.
         """
         if self._is_closed:
             raise RuntimeError("the producer is closed: this report would be lost")
         report = _report(agent_id, keys, values, errors, collected_at)
         if not report.entries:
             return True
-        left_out = apply_limits(report)
+        problem = apply_limits(report)
         is_queued = self._produce(report)
-        if left_out is not None:
-            raise ValueError(left_out)
+        if problem is not None:
+            raise ValueError(problem)
         return is_queued
 
     def flush(self, timeout_seconds: float = 30.0) -> int:
-        """Wait for acknowledgements; return how many reports still wait for one."""
-        with contextlib.suppress(KafkaException):  # of a producer that is refused for good, as add() says
+        """Wait until Kafka has acknowledged all reports, or time is up; return how many are still unacknowledged."""
+        with contextlib.suppress(KafkaException):  # of a producer that is refused for good, as add() reports
             self._producer.flush(timeout_seconds)
         return len(self._producer)
 
     def close(self, timeout_seconds: float = 15.0) -> int:
-        """Flush and take no more reports; return how many of all that were queued Kafka did not acknowledge."""
+        """Flush and accept no more reports; return how many of all queued reports Kafka did not acknowledge."""
         self._is_closed = True
         return self.flush(timeout_seconds) + self._failed
 
@@ -132,7 +146,7 @@ class MetadataProducer:
             reason = error.args[0]
             if reason.code() != KafkaError.MSG_SIZE_TOO_LARGE:
                 raise PipelineError(
-                    f"Kafka takes no reports for {self._topic}: {reason.str()}; may this user WRITE to it?"
+                    f"Kafka refuses reports for {self._topic}: {reason.str()}; may this user WRITE to it?"
                 ) from error
             raise ValueError(
                 f"report of {len(value)} bytes is too large for a record: send fewer keys at once"
@@ -186,7 +200,3 @@ def _to_utc(moment: datetime) -> datetime:
         return moment.astimezone(UTC)
     except OverflowError:
         raise ValueError(f"collected_at {moment.isoformat()} is outside the years 1 to 9999 in UTC") from None
-
-
-def _log_error(log: Any, error: KafkaError) -> None:
-    log.warning("kafka_unavailable", error=error.str())

@@ -1,4 +1,4 @@
-"""Read ranges of a topic's records in the worker's chunks, beside and unseen by every consumer group."""
+"""Read ranges of a topic's records in the worker's chunks, without any effect on consumer groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.kafka.chunks import FETCH_BYTES, Chunk, fetch_in_chunks
 from pipeline.kafka.range_reader import OffsetRange
 
 _READ_SECONDS: Final = 0.2
-# aiokafka tries again for ever by itself; a person who waits wants to know.
+# aiokafka retries for ever; give up after a minute of silence.
 _SILENCE_SECONDS: Final = 60.0
 _REFUSALS: Final = (TopicAuthorizationFailedError, ClusterAuthorizationFailedError)
 
@@ -30,11 +30,11 @@ class ChunkReader:
     """
 
     def __init__(self, servers: Sequence[str], security: Mapping[str, Any], topic: str) -> None:
-        """Make a reader; `security` holds AIOKafkaConsumer's arguments of that kind."""
+        """Make a reader; `security` is that of credentials.aiokafka_security."""
         self.topic = topic
         self.position = 0
         self._end = 0
-        self._heard_at = 0.0
+        self._last_answer_at = 0.0
         self._partition = TopicPartition(topic, -1)
         self._consumer = AIOKafkaConsumer(
             bootstrap_servers=list(servers),
@@ -43,7 +43,7 @@ class ChunkReader:
             enable_auto_commit=False,
             auto_offset_reset="earliest",  # retention may overtake a slow reader
             max_partition_fetch_bytes=FETCH_BYTES,
-            # At a partition's end a fetch waits so long for more, and the next partition waits behind it.
+            # At a partition's end a fetch waits this long for more, and the next partition waits behind it.
             fetch_max_wait_ms=10,
         )
 
@@ -68,14 +68,14 @@ class ChunkReader:
         fetch_in_chunks(self._consumer)
 
     async def stop(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         await self._consumer.stop()
 
     def open(self, offsets: OffsetRange) -> None:
-        """Begin with a range; what was left of the one before is dropped."""
+        """Start on a range; the rest of the previous one is dropped."""
         self._partition = TopicPartition(self.topic, offsets.partition)
         self.position, self._end = offsets.start, offsets.end
-        self._heard_at = time.monotonic()
+        self._last_answer_at = time.monotonic()
         self._consumer.assign([self._partition])
         self._consumer.seek(self._partition, offsets.start)
 
@@ -85,32 +85,32 @@ class ChunkReader:
         return self.position >= self._end
 
     async def read(self) -> Iterator[list[Record]]:
-        """Return the next records in offset order, in lists of one record batch each; none if none came within 0.2 s.
+        """Return the next records in offset order, in lists of one record batch each; none if none arrived in 0.2 s.
 
         They are decoded, and `position` advances, as they are iterated, which may be done in a thread.
 
         Raises:
-            ConfigError: Kafka refuses us.
-            ServiceUnavailable: it is away, or has sent nothing for 60 s.
+            ConfigError: this user may not read the topic.
+            ServiceUnavailable: Kafka is unavailable, or has sent nothing for 60 s.
         """
         try:
             fetched = await self._consumer.getmany(timeout_ms=round(_READ_SECONDS * 1000))
             if not fetched:
-                await self._skip_what_is_gone()
+                await self._skip_deleted_records()
         except _REFUSALS as error:
             raise ConfigError(f"Kafka refused to let us read {self.topic}: {error}") from error
         except KafkaError as error:
-            raise ServiceUnavailable(f"{self.topic} can't be read on: {error}") from error
+            raise ServiceUnavailable(f"reading {self.topic} failed: {error}") from error
         if fetched:
-            self._heard_at = time.monotonic()
-        elif time.monotonic() - self._heard_at > _SILENCE_SECONDS:
+            self._last_answer_at = time.monotonic()
+        elif time.monotonic() - self._last_answer_at > _SILENCE_SECONDS:
             raise ServiceUnavailable(
-                f"Kafka sent no record of {self.topic} for {_SILENCE_SECONDS:g} s; is it up, and the topic still there?"
+                f"Kafka sent no record of {self.topic} for {_SILENCE_SECONDS:g} s; is it up? Does the topic exist?"
             )
         return self._slices(fetched.get(self._partition, []))
 
-    async def _skip_what_is_gone(self) -> None:
-        """Go on where aiokafka does, after retention has deleted what was to be read: there may be no more to come."""
+    async def _skip_deleted_records(self) -> None:
+        """Follow aiokafka past records that retention has deleted: no more may follow them."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_READ_SECONDS):
                 self.position = max(self.position, await self._consumer.position(self._partition))

@@ -1,4 +1,4 @@
-"""Faust's side of Kafka's security: credentials for aiokafka, and OAuth tokens for them."""
+"""Kafka credentials for Faust and aiokafka, and the OAuth tokens that go with them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ import structlog
 from aiokafka.abc import AbstractTokenProvider
 from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
 
-from pipeline.errors import ServiceUnavailable
+from pipeline.errors import ANSWER_SECONDS, ServiceUnavailable
 from pipeline.kafka.security import KafkaSecurity, secret_text
 
-_REQUEST_SECONDS: Final = 10.0
-# The part of its life after which a token is fetched anew. Source: librdkafka's.
+# The share of its life after which a token is replaced. Source: librdkafka's.
 _REFRESH_AT: Final = 0.8
-# For a token whose answer has no expires_in, which RFC 6749 allows.
+# For a token without expires_in, which RFC 6749 allows.
 _DEFAULT_LIFE_SECONDS: Final = 60.0
 
 _log = structlog.get_logger(__name__)
 
 
 def faust_credentials(security: KafkaSecurity) -> Any:
-    """Return what a Faust app takes as broker_credentials; None for PLAINTEXT."""
+    """Return a Faust app's `broker_credentials`; None for PLAINTEXT."""
     protocol, mechanism = security.kafka_security_protocol, security.kafka_sasl_mechanism
     if protocol == "PLAINTEXT":
         return None
@@ -49,13 +48,13 @@ def faust_credentials(security: KafkaSecurity) -> Any:
 
 
 def aiokafka_security(security: KafkaSecurity) -> Mapping[str, Any]:
-    """Return the arguments about security that an aiokafka client takes."""
+    """Return an aiokafka client's security arguments."""
     arguments: Mapping[str, Any] = credentials_to_aiokafka_auth(faust_credentials(security))
     return arguments
 
 
 class TokenProvider(AbstractTokenProvider):
-    """Fetches tokens by OAuth's client credentials (RFC 6749, 4.4), as librdkafka does by itself."""
+    """Fetches tokens by OAuth's client credentials (RFC 6749, 4.4), which librdkafka does by itself."""
 
     def __init__(self, security: KafkaSecurity) -> None:
         # Not percent-encoded, against RFC 6749 2.3.1: librdkafka doesn't either, and the server must accept both.
@@ -73,10 +72,10 @@ class TokenProvider(AbstractTokenProvider):
         self._refresh_at = 0.0  # of the monotonic clock
 
     async def token(self) -> str:
-        """Return a token that is still good.
+        """Return a valid token, fetched if the last one expires soon.
 
         Raises:
-            ServiceUnavailable: there is none to be had; aiokafka tries again.
+            ServiceUnavailable: no token could be fetched; aiokafka tries again.
         """
         if time.monotonic() >= self._refresh_at:
             try:
@@ -88,9 +87,9 @@ class TokenProvider(AbstractTokenProvider):
         return self._token
 
     def _fetch(self) -> tuple[str, float]:
-        request = Request(self._url, self._form, self._headers)  # noqa: S310  # settings allow http and https alone
+        request = Request(self._url, self._form, self._headers)  # noqa: S310  # KafkaSecurity allows http and https only
         try:
-            with urlopen(request, timeout=_REQUEST_SECONDS, context=self._context) as response:  # noqa: S310
+            with urlopen(request, timeout=ANSWER_SECONDS, context=self._context) as response:  # noqa: S310
                 answer = json.load(response)
             return str(answer["access_token"]), float(answer.get("expires_in", _DEFAULT_LIFE_SECONDS))
         except HTTPError as error:

@@ -1,4 +1,4 @@
-"""Produce batches and dead letters: an asyncio face on confluent-kafka's producer, for few, large records."""
+"""An asyncio producer for batches and dead letters, over confluent-kafka's: few records, large ones."""
 
 from __future__ import annotations
 
@@ -7,25 +7,23 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from pipeline.errors import PipelineError
+from pipeline.kafka.errors import log_unavailable
 
 _POLL_SECONDS: Final = 0.1
 _FULL_QUEUE_PAUSE_SECONDS: Final = 0.02
-# A dead letter is as large as what came in, and compressed records may have come in large: the broker is the judge.
+# A dead letter is as large as its record, which may have arrived compressed: the broker decides what is too large.
 _MAX_RECORD_BYTES: Final = 100_000_000
-# What waits for acknowledgements is bounded by the windows; this only keeps librdkafka from refusing them early.
+# Windows bound what waits for acknowledgements; this only keeps librdkafka from refusing records before that.
 _MAX_QUEUED_KBYTES: Final = 262_144
-
-_log = structlog.get_logger(__name__)
 
 
 class Publisher:
     """Sends records with acks=all, idempotently, in order per partition.
 
-    Guarantee: a record is retried for as long as it takes; an outage delays acknowledgements and loses nothing.
+    Guarantee: records are retried for as long as it takes; an outage delays acknowledgements and loses nothing.
     """
 
     def __init__(self, client_config: Mapping[str, Any]) -> None:
@@ -35,10 +33,10 @@ class Publisher:
                 "enable.idempotence": True,
                 "compression.type": "lz4",
                 "linger.ms": 5,
-                "message.timeout.ms": 0,  # never give a record up by time
+                "message.timeout.ms": 0,  # never give up on a record
                 "message.max.bytes": _MAX_RECORD_BYTES,
                 "queue.buffering.max.kbytes": _MAX_QUEUED_KBYTES,
-                "error_cb": _log_error,
+                "error_cb": log_unavailable,
             }
         )
         self._loop = asyncio.get_running_loop()
@@ -59,7 +57,8 @@ class Publisher:
     ) -> asyncio.Future[None]:
         """Queue a record; the future is done when Kafka has acknowledged it.
 
-        Raises (from the future as well): PipelineError, if Kafka refuses this record, or this producer, for good.
+        Raises:
+            PipelineError: Kafka refuses this record, or this producer, for good; from the future as well.
         """
         if self._failure is not None:
             raise self._failure
@@ -99,11 +98,11 @@ class Publisher:
         try:
             while not self._is_closing.is_set():
                 self._producer.poll(_POLL_SECONDS)
-        except KafkaException as error:  # a fatal one: no delivery is reported any more
+        except KafkaException as error:  # fatal: no more deliveries are reported
             self._loop.call_soon_threadsafe(self._fail, error.args[0])
 
     def _fail(self, error: KafkaError) -> None:
-        self._failure = PipelineError(f"Kafka refuses the producer for good: {error.str()}; start again")
+        self._failure = PipelineError(f"Kafka refuses this producer for good: {error.str()}; restart the process")
         for acknowledged in list(self._waiting):
             if not acknowledged.done():
                 acknowledged.set_exception(self._failure)
@@ -116,7 +115,3 @@ def _settle(acknowledged: asyncio.Future[None], error: KafkaError | None, topic:
         acknowledged.set_result(None)
     else:
         acknowledged.set_exception(PipelineError(f"Kafka refused a record for {topic}: {error.str()}"))
-
-
-def _log_error(error: KafkaError) -> None:
-    _log.warning("kafka_unavailable", error=error.str())

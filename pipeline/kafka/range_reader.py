@@ -1,4 +1,4 @@
-"""Read a bounded range of a topic's records, beside and unseen by every consumer group."""
+"""Read bounded ranges of a topic's records, without any effect on consumer groups."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any, Final, Self
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from pipeline.errors import ConfigError, ServiceUnavailable
+from pipeline.errors import ANSWER_SECONDS, ConfigError, ServiceUnavailable
 
 _RECORDS_PER_READ: Final = 5000
 _READ_SECONDS: Final = 0.2
-_QUERY_SECONDS: Final = 10.0
-# librdkafka tries again for ever by itself; a person who waits wants to know.
+# librdkafka retries for ever; give up after a minute of silence.
 _SILENCE_SECONDS: Final = 60.0
 _BUFFER_KILOBYTES: Final = 64 * 1024
 _REFUSALS: Final = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED)
@@ -40,29 +39,29 @@ class OffsetRange(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class RangeReader:
-    """Reads one range after another; assigns itself what it reads, joins no group and commits nothing.
+    """Reads one range after another; joins no group and commits nothing.
 
     All methods block, and wait for each other. They raise ServiceUnavailable if Kafka does not answer, and ConfigError
-    if it refuses us.
+    if this user may not read the topic.
     """
 
     def __init__(self, client_config: Mapping[str, Any], topic: str) -> None:
         self.topic = topic
         self._range = OffsetRange(-1, 0, 0)
         self._next = 0
-        self._heard_at = 0.0
-        self._lock = threading.Lock()  # who waited for a read may be cancelled and close the reader under it
+        self._last_answer_at = 0.0
+        self._lock = threading.Lock()  # a cancelled caller may close the reader during its read
         self._consumer = Consumer(
             {
                 **client_config,
-                "group.id": "agent-metadata-replay",  # librdkafka wants one; it is never joined
+                "group.id": "agent-metadata-replay",  # librdkafka requires one; it is never joined
                 "enable.auto.commit": False,
                 "enable.auto.offset.store": False,
                 "enable.partition.eof": True,
                 "auto.offset.reset": "earliest",  # retention may overtake a slow reader
-                # At a partition's end a fetch waits so long for more, and the next partition waits behind it.
+                # At a partition's end a fetch waits this long for more, and the next partition waits behind it.
                 "fetch.wait.max.ms": 10,
-                # Else librdkafka pauses for a second whenever 100,000 small messages wait.
+                # By default librdkafka pauses for a second whenever 100,000 messages wait.
                 "queued.min.messages": 1_000_000,
                 "queued.max.messages.kbytes": _BUFFER_KILOBYTES,
             }
@@ -75,14 +74,14 @@ class RangeReader:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         with self._lock:
             self._consumer.close()
 
     def between(self, partitions: Sequence[int], start_ms: int | None, end_ms: int | None) -> list[OffsetRange]:
-        """Find the records that were appended in [start, end), in milliseconds since the Unix epoch.
+        """Find the records appended in [start, end), in milliseconds since the Unix epoch.
 
-        None: from the topic's beginning, or to its end as it is now. Partitions without such records are left out.
+        None: from the topic's beginning, or to its present end. Partitions without such records are left out.
         """
         marks = {number: self.watermarks(number) for number in partitions}
         starts = {number: low for number, (low, _) in marks.items()}
@@ -98,19 +97,19 @@ class RangeReader:
         ]
 
     def watermarks(self, partition: int) -> tuple[int, int]:
-        """Return the first offset that Kafka still has, and the one that the next record will get."""
+        """Return the earliest offset that Kafka still has, and the offset of the next record to be appended."""
         marks = self._ask(
-            lambda: self._consumer.get_watermark_offsets(TopicPartition(self.topic, partition), _QUERY_SECONDS)
+            lambda: self._consumer.get_watermark_offsets(TopicPartition(self.topic, partition), ANSWER_SECONDS)
         )
         if marks is None:
-            raise ServiceUnavailable(f"Kafka did not say the offsets of {self.topic} within {_QUERY_SECONDS:g} s")
+            raise ServiceUnavailable(f"Kafka did not return the offsets of {self.topic} within {ANSWER_SECONDS:g} s")
         return int(marks[0]), int(marks[1])
 
-    def open(self, wanted: OffsetRange) -> None:
-        """Begin with a range; what was left of the one before is dropped."""
-        self._range, self._next = wanted, wanted.start
-        self._heard_at = time.monotonic()
-        self._consumer.assign([TopicPartition(self.topic, wanted.partition, wanted.start)])
+    def open(self, offsets: OffsetRange) -> None:
+        """Start on a range; the rest of the previous one is dropped."""
+        self._range, self._next = offsets, offsets.start
+        self._last_answer_at = time.monotonic()
+        self._consumer.assign([TopicPartition(self.topic, offsets.partition, offsets.start)])
 
     @property
     def is_done(self) -> bool:
@@ -118,7 +117,7 @@ class RangeReader:
         return self._next >= self._range.end
 
     def read(self, limit: int = _RECORDS_PER_READ) -> list[Message]:
-        """Return the next records of the open range, in offset order; none if none came within 0.2 s."""
+        """Return the next records of the open range, in offset order; none if none arrived within 0.2 s."""
         if self.is_done:
             return []
         with self._lock:
@@ -135,29 +134,29 @@ class RangeReader:
             elif error.code() in _REFUSALS:
                 raise ConfigError(f"Kafka refused to let us read {self.topic}: {error.str()}")
             elif error.fatal() or error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-                raise ServiceUnavailable(f"{self.topic} can't be read on: {error.str()}; is the topic still there?")
+                raise ServiceUnavailable(f"reading {self.topic} failed: {error.str()}; does the topic still exist?")
         if messages:
-            self._heard_at = time.monotonic()
-        elif time.monotonic() - self._heard_at > _SILENCE_SECONDS:
+            self._last_answer_at = time.monotonic()
+        elif time.monotonic() - self._last_answer_at > _SILENCE_SECONDS:
             raise ServiceUnavailable(f"Kafka sent no record of {self.topic} for {_SILENCE_SECONDS:g} s; is it up?")
         return records
 
-    def records(self, wanted: OffsetRange, on_read: Callable[[int], None] = lambda _: None) -> Iterator[Message]:
-        """Open a range and iterate all of its records; `on_read` is told after each read how many there were."""
-        self.open(wanted)
+    def records(self, offsets: OffsetRange, on_read: Callable[[int], None] = lambda _: None) -> Iterator[Message]:
+        """Open a range and iterate all of its records; `on_read` gets the number of records after each read."""
+        self.open(offsets)
         while not self.is_done:
             messages = self.read()
             yield from messages
             on_read(len(messages))
 
     def _at_time(self, marks: Mapping[int, tuple[int, int]], moment_ms: int) -> dict[int, int]:
-        """Return, by partition, the offset of the first record that was appended at this time or later."""
-        asked = [TopicPartition(self.topic, number, moment_ms) for number in marks]
-        answered = self._ask(lambda: self._consumer.offsets_for_times(asked, _QUERY_SECONDS))
-        for item in answered:
+        """Return, by partition, the offset of the first record appended at this time or later."""
+        times = [TopicPartition(self.topic, number, moment_ms) for number in marks]
+        offsets = self._ask(lambda: self._consumer.offsets_for_times(times, ANSWER_SECONDS))
+        for item in offsets:
             if item.error is not None:
-                raise ServiceUnavailable(f"Kafka did not say the offsets of a time: {item.error.str()}")
-        return {item.partition: item.offset if item.offset >= 0 else marks[item.partition][1] for item in answered}
+                raise ServiceUnavailable(f"Kafka did not return the offsets at a time: {item.error.str()}")
+        return {item.partition: item.offset if item.offset >= 0 else marks[item.partition][1] for item in offsets}
 
     def _ask(self, question: Any) -> Any:
         try:
@@ -167,4 +166,4 @@ class RangeReader:
             reason = error.args[0]
             if reason.code() in _REFUSALS:
                 raise ConfigError(f"Kafka refused to let us read {self.topic}: {reason.str()}") from error
-            raise ServiceUnavailable(f"Kafka did not say the offsets of {self.topic}: {reason.str()}") from error
+            raise ServiceUnavailable(f"Kafka did not return the offsets of {self.topic}: {reason.str()}") from error

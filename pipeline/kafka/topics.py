@@ -1,4 +1,4 @@
-"""Topics as code: create what topics/*.toml declares, and say where the cluster disagrees."""
+"""Topics as code: create what topics/*.toml declares, and report where the cluster differs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ import structlog
 from confluent_kafka.admin import NewTopic
 
 from pipeline.data_files import data_dir
-from pipeline.errors import TopicMismatch
+from pipeline.errors import ANSWER_SECONDS, TopicMismatch
 from pipeline.kafka.admin import KafkaAdmin, topic_id_by_name
 
-_REQUEST_SECONDS: Final = 10.0
-_MIN_REQUEST_SECONDS: Final = 0.1  # librdkafka takes no less than a millisecond
+_MIN_ANSWER_SECONDS: Final = 0.1  # librdkafka refuses timeouts below a millisecond
 
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class TopicSpec:
-    """One topic as declared; `why` explains each choice, `config` holds Kafka's own names and texts.
+    """One topic as declared; `config` has Kafka's own names and values as text, `why` the reason for each choice.
 
-    `replication` -1 is the broker's default.
+    A `replication` of -1 is the broker's default.
     """
 
     role: str
@@ -41,7 +40,7 @@ class TopicSpec:
 
 @dataclass(frozen=True)
 class TopicFacts:
-    """One topic as it is; `topic_id` names this incarnation of it. `is_embedded`: its broker is for demos."""
+    """One topic as it exists; `topic_id` identifies this incarnation. `is_embedded`: its broker is for demos."""
 
     name: str
     topic_id: str
@@ -51,7 +50,7 @@ class TopicFacts:
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a topic is not as declared."""
+    """One respect in which a topic differs from its declaration."""
 
     topic: str
     field: str
@@ -62,7 +61,7 @@ class Difference:
 def load_topic_specs(*, names: Mapping[str, str] | None = None, partitions: int | None = None) -> dict[str, TopicSpec]:
     """Read the declarations, by role: events, batches, dead_letter.
 
-    `names` renames topics by role; `partitions` counts for events and batches alike.
+    `names` renames topics by role; `partitions` applies to both events and batches.
     """
     specs = {}
     for file in sorted(data_dir("topics").glob("*.toml")):
@@ -86,43 +85,45 @@ def load_topic_specs(*, names: Mapping[str, str] | None = None, partitions: int 
 
 
 def create_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> list[str]:
-    """Create the topics that are missing and return the names of those this call created; others are left alone.
+    """Create the missing topics; return the names of those that this call created. Existing ones are left alone.
 
-    Guarantee: idempotent, safe to run twice at once; on return the cluster lists all the topics. The embedded broker
-    decides on partitions and configuration itself, which is logged.
+    Guarantee: idempotent, safe to run concurrently; on return the cluster lists all the topics. The embedded broker
+    chooses partitions and configuration itself, which is logged.
 
     Raises:
-        ServiceUnavailable: Kafka did not answer, or does not list a topic 10 s after its creation.
+        ServiceUnavailable: Kafka did not answer, or did not list a topic within 10 s of its creation.
         TopicMismatch: Kafka refuses a topic.
     """
     with KafkaAdmin(client_config) as admin:
-        cluster = admin.cluster(_REQUEST_SECONDS)
+        cluster = admin.cluster(ANSWER_SECONDS)
         missing = {spec.name: spec for spec in specs.values() if spec.name not in cluster.partitions}
         if not missing:
             return []
         if cluster.is_embedded:
-            _log.warning("topics_made_by_the_broker", topics=list(missing), reason="it knows no CreateTopics")
-            admin.touch(missing, _REQUEST_SECONDS)
+            _log.warning(
+                "topics_created_by_the_broker", topics=list(missing), reason="it does not support CreateTopics"
+            )
+            admin.touch(missing, ANSWER_SECONDS)
             created = list(missing)
         else:
-            created = admin.create([_new_topic(spec) for spec in missing.values()], _REQUEST_SECONDS)
-        admin.wait_until_shown(missing, _REQUEST_SECONDS)
+            created = admin.create([_new_topic(spec) for spec in missing.values()], ANSWER_SECONDS)
+        admin.wait_until_shown(missing, ANSWER_SECONDS)
     return created
 
 
 def delete_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> None:
-    """Delete these topics with all they hold; those that don't exist are fine. The embedded broker keeps them.
+    """Delete these topics and all their records; missing ones are fine. The embedded broker keeps them.
 
     Raises:
         ServiceUnavailable: Kafka did not answer.
     """
     with KafkaAdmin(client_config) as admin:
-        if not admin.cluster(_REQUEST_SECONDS).is_embedded:
-            admin.delete([spec.name for spec in specs.values()], _REQUEST_SECONDS)
+        if not admin.cluster(ANSWER_SECONDS).is_embedded:
+            admin.delete([spec.name for spec in specs.values()], ANSWER_SECONDS)
 
 
 def diff_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> list[Difference]:
-    """Compare the cluster with the declarations; no differences, no items.
+    """List where the cluster differs from the declarations; empty if it doesn't.
 
     The replication factor is not compared: -1 leaves it to the broker. Nor is the embedded broker's configuration,
     which can't be read.
@@ -131,9 +132,9 @@ def diff_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]
         ServiceUnavailable: Kafka did not answer.
     """
     with KafkaAdmin(client_config) as admin:
-        cluster = admin.cluster(_REQUEST_SECONDS)
+        cluster = admin.cluster(ANSWER_SECONDS)
         existing = [spec.name for spec in specs.values() if spec.name in cluster.partitions]
-        configs = {} if cluster.is_embedded else admin.configs(existing, _REQUEST_SECONDS)
+        configs = {} if cluster.is_embedded else admin.configs(existing, ANSWER_SECONDS)
     differences = []
     for spec in specs.values():
         partitions = cluster.partitions.get(spec.name)
@@ -147,13 +148,13 @@ def diff_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]
 
 
 async def require_topics(
-    client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec], *, timeout_s: float = _REQUEST_SECONDS
+    client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec], *, timeout_s: float = ANSWER_SECONDS
 ) -> dict[str, TopicFacts]:
-    """Check that the topics exist and fit together; return what they are, by role.
+    """Check that the topics exist and fit together; return their facts, by role.
 
     Raises:
-        TopicMismatch: one is missing, or events and batches have unequally many partitions.
-        ServiceUnavailable: Kafka did not answer within `timeout_s` seconds, all requests together.
+        TopicMismatch: one is missing, or events and batches differ in their number of partitions.
+        ServiceUnavailable: Kafka did not answer all requests within `timeout_s` seconds.
     """
     return await asyncio.to_thread(_require_topics, client_config, specs, timeout_s)
 
@@ -173,7 +174,7 @@ def _require_topics(
         if cluster.is_embedded:
             ids = {name: topic_id_by_name(name) for name in names}
         else:
-            ids = admin.topic_ids(names, max(deadline - time.monotonic(), _MIN_REQUEST_SECONDS))
+            ids = admin.topic_ids(names, max(deadline - time.monotonic(), _MIN_ANSWER_SECONDS))
     facts = {
         role: TopicFacts(spec.name, ids[spec.name], cluster.partitions[spec.name], cluster.is_embedded)
         for role, spec in specs.items()
@@ -192,7 +193,7 @@ def require_equal_partitions(events: TopicFacts, batches: TopicFacts) -> None:
     if events.partitions != batches.partitions:
         raise TopicMismatch(
             f"{events.name} has {events.partitions} partitions and {batches.name} has {batches.partitions}: "
-            f"give both equally many (kafka-topics.sh --alter adds partitions)"
+            f"give both the same number (kafka-topics.sh --alter adds partitions)"
         )
 
 

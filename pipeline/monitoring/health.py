@@ -1,4 +1,4 @@
-"""/metrics, /live and /ready of a role, served by a thread of their own: they answer when the event loop doesn't."""
+"""/metrics, /live and /ready of a role, served by their own thread, so that they answer when the event loop can't."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from pipeline.errors import ConfigError, ExitCode
 
-# A process is ended when it was found stuck this many times, a second apart: once may be the moment after its machine
-# was asleep.
+# A process ends after it was stuck at this many looks in a row, a second apart: a single one may be the moment after
+# its machine woke from sleep.
 _STUCK_LOOKS: Final = 5
 _LOOK_SECONDS: Final = 1.0
 
-# Says why something is not so, or None if it is.
+# Returns why a process is not live or ready; None if it is.
 Why = Callable[[], str | None]
 
 
 class Heartbeat:
-    """Beats on the event loop; its age tells other threads whether the loop still turns."""
+    """Beats on the event loop; the age of the last beat tells other threads whether the loop still turns."""
 
     def __init__(self, stuck_seconds: float) -> None:
         self._stuck_seconds = stuck_seconds
@@ -45,14 +45,14 @@ class Heartbeat:
 
 
 class Outage:
-    """Since when a service has not answered; asked from any thread."""
+    """How long a service has been unavailable; readable from any thread."""
 
     def __init__(self, service: str) -> None:
         self.service = service
         self._since: float | None = None
 
     def note(self, *, answers: bool) -> None:
-        """Note whether it answers now."""
+        """Record whether the service answers now."""
         if answers:
             self._since = None
         elif self._since is None:
@@ -63,15 +63,15 @@ class Outage:
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
-    def why_away(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         """Say for how long it has not answered, if it doesn't."""
         return f"{self.service} has not answered for {self.seconds():.0f} s" if self._since is not None else None
 
 
 def exit_when_stuck(why_not_live: Why) -> None:
-    """End the process, from a thread of its own, with 1 and one line when it is stuck: who started it starts it again.
+    """Watch the process from a thread; when it is stuck, exit with 1 and one line, to be restarted by its supervisor.
 
-    At once, as kill -9 would: what is stuck can't be stopped in order, and what was not safe was not committed.
+    The exit is immediate, like kill -9: a stuck process can't shut down in order, and only safe work was committed.
     """
 
     def watch() -> None:
@@ -93,7 +93,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _Quiet(WSGIRequestHandler):
     def log_message(self, *_: object) -> None:
-        """Say nothing: probes and scrapes are no news."""
+        """Log nothing: probes and scrapes are routine."""
 
 
 def serve_health(port: int, registry: CollectorRegistry, *, why_not_live: Why, why_not_ready: Why) -> None:
@@ -102,7 +102,7 @@ def serve_health(port: int, registry: CollectorRegistry, *, why_not_live: Why, w
     /live and /ready answer 200, or 503 with the reason in the body.
 
     Raises:
-        ConfigError: the port can't be had.
+        ConfigError: the port can't be bound.
     """
     if not port:
         return
@@ -115,7 +115,7 @@ def serve_health(port: int, registry: CollectorRegistry, *, why_not_live: Why, w
             return answered
         if path not in ("/live", "/ready"):
             start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
-            return [b"here are /metrics, /live and /ready\n"]
+            return [b"try /metrics, /live or /ready\n"]
         why = (why_not_live if path == "/live" else why_not_ready)()
         status = "200 OK" if why is None else "503 Service Unavailable"
         start_response(status, [("Content-Type", "text/plain; charset=utf-8")])

@@ -1,4 +1,4 @@
-"""How far behind the end of its topic a consumer is, for how long, and whether it is stuck."""
+"""A consumer's lag behind the end of its topic, in records and in time, and whether the consumer is stuck."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from pipeline.clock import Clock
-from pipeline.errors import PipelineError
+from pipeline.errors import ANSWER_SECONDS, PipelineError
 
 LOOK_SECONDS: Final = 2.0
-# How long Kafka may take to say its offsets; it does so within milliseconds, where a processor is free.
-ANSWER_SECONDS: Final = 10.0
 
 
 class Position(NamedTuple):
     """How far one partition is read.
 
-    `next_offset` is the first offset that is not done with, and `reached` what the consumer has handed over up to;
-    they differ where records wait after that. `not_before` is a time, in seconds since the Unix epoch, at or after
-    which the record at `next_offset` was appended; 0 = not known.
+    `next_offset` is the first offset that is not finished, `reached` the first that the consumer has not handed over;
+    records between them wait in this process. `not_before` is a time, in seconds since the Unix epoch, at or after
+    which the record at `next_offset` was appended; 0 = unknown.
     """
 
     next_offset: int
@@ -28,21 +26,21 @@ class Position(NamedTuple):
 
 
 class Lag(NamedTuple):
-    """How many records of a partition are not done with; `since` when the oldest has been waiting, in epoch seconds."""
+    """How many records of a partition are unfinished; `since` when the oldest has waited, in Unix epoch seconds."""
 
     records: int
     since: float
 
 
 class LagWatch:
-    """Compares, every 2 seconds, how far partitions are read with Kafka's own answer where they end.
+    """Compares, every 2 seconds, how far partitions are read with where they end, as Kafka itself reports it.
 
-    `positions()` gives those of the partitions that are owned now, `offsets(partitions)` asks Kafka for (earliest,
-    end) and raises a PipelineError if it doesn't say them, `is_held()` tells whether the consumer waits on purpose
-    (for acknowledgements, or for Postgres), and `show` gets the lags after each look.
+    `positions()` returns those of the partitions owned now, `offsets(partitions)` asks Kafka for (earliest, end) and
+    raises a PipelineError if there is no answer, `is_held()` tells whether the consumer waits on purpose (for
+    acknowledgements, or for Postgres), and `show` gets the lags after each look.
 
     Stuck means: Kafka answers, records wait, nothing holds the consumer back, and yet a partition has not moved for
-    `stuck_seconds` of such looks. So an outage, however long, is never taken for it.
+    `stuck_seconds` of such looks. So an outage, however long, never counts as stuck.
     """
 
     def __init__(
@@ -67,7 +65,7 @@ class LagWatch:
         self._nothing_waited_at: dict[int, float] = {}
         self._looked_at = clock.now()
         self._stuck: str | None = None
-        self._away_since: float | None = None
+        self._unavailable_since: float | None = None
         self._answers_since: float | None = None
 
     async def run(self) -> None:
@@ -79,30 +77,30 @@ class LagWatch:
     async def look(self) -> None:
         """Look once; waits at most 10 seconds for Kafka."""
         asked_at = self._clock.now()
-        # A process that was stopped for an hour has not seen its consumer stand still for an hour.
+        # A process that was suspended for an hour has not watched its consumer stand still for an hour.
         elapsed = min(asked_at - self._looked_at, LOOK_SECONDS + ANSWER_SECONDS)
         self._looked_at = asked_at
         positions = self._positions()
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                # Without partitions too, for then it matters most whether Kafka answers; any partition will do.
+                # Asked without partitions too: then it matters most whether Kafka answers. Any partition will do.
                 offsets = await self._offsets(sorted(positions) or [0])
         except (PipelineError, TimeoutError):
-            self._away_since = self._away_since or asked_at
+            self._unavailable_since = self._unavailable_since or asked_at
             self._answers_since = None
-            self._still_seconds.clear()  # what stands still now waits for Kafka
+            self._still_seconds.clear()  # a partition that doesn't move now waits for Kafka
             self._stuck = None
             return
-        self._away_since = None
+        self._unavailable_since = None
         self._answers_since = self._answers_since or asked_at
         lags = {}
         for partition in positions.keys() & offsets.keys():
             position, (earliest, end) = positions[partition], offsets[partition]
             self._time_standstill(partition, position, max(earliest, position.reached) < end, elapsed)
             lags[partition] = self._lag(partition, position, earliest, end, asked_at)
-        for held in (self._reached, self._still_seconds, self._first_seen, self._nothing_waited_at):
-            for partition in held.keys() - lags.keys():
-                del held[partition]
+        for by_partition in (self._reached, self._still_seconds, self._first_seen, self._nothing_waited_at):
+            for partition in by_partition.keys() - lags.keys():
+                del by_partition[partition]
         self._stuck = self._why_stuck(lags)
         self._show(lags)
 
@@ -110,13 +108,17 @@ class LagWatch:
         """Say which partition has not moved for too long, as of the last look."""
         return self._stuck
 
-    def why_away(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         """Say for how long Kafka has not answered, if it doesn't."""
-        return f"Kafka has not answered for {self.seconds_away():.0f} s" if self._away_since is not None else None
+        return (
+            f"Kafka has not answered for {self.seconds_unavailable():.0f} s"
+            if self._unavailable_since is not None
+            else None
+        )
 
-    def seconds_away(self) -> float:
+    def seconds_unavailable(self) -> float:
         """Return for how long Kafka has not answered; 0 if it does."""
-        return 0.0 if self._away_since is None else self._clock.now() - self._away_since
+        return 0.0 if self._unavailable_since is None else self._clock.now() - self._unavailable_since
 
     def seconds_answering(self) -> float:
         """Return for how long Kafka has answered every look; 0 if it doesn't now."""

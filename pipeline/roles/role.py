@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from pipeline.clock import SystemClock
+from pipeline.errors import ANSWER_SECONDS
 from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.topics import TopicFacts, require_topics
-from pipeline.monitoring.lag import ANSWER_SECONDS, LagWatch, Position
+from pipeline.monitoring.lag import LagWatch, Position
 from pipeline.monitoring.metrics import ConsumerMetrics
 from pipeline.settings import Settings
 
@@ -50,5 +51,5 @@ def watch_lag(
         clock=SystemClock(),
         stuck_seconds=settings.stuck_seconds,
     )
-    metrics.outage_seconds.labels("kafka").set_function(watch.seconds_away)
+    metrics.outage_seconds.labels("kafka").set_function(watch.seconds_unavailable)
     return watch

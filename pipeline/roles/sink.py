@@ -82,7 +82,9 @@ async def run_sink(settings: Settings) -> None:
         settings.metrics_port,
         registry,
         why_not_live=why_not_live,
-        why_not_ready=lambda: lag.why_away() or _why_not_ready(consumer, sink, table) or postgres.why_away(),
+        why_not_ready=lambda: (
+            lag.why_unavailable() or _why_not_ready(consumer, sink, table) or postgres.why_unavailable()
+        ),
     )
     exit_when_stuck(why_not_live)
     watching = [

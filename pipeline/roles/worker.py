@@ -61,7 +61,7 @@ async def run_worker(settings: Settings) -> None:
         settings.metrics_port,
         registry,
         why_not_live=why_not_live,
-        why_not_ready=lambda: lag.why_away() or _why_not_ready(worker),
+        why_not_ready=lambda: lag.why_unavailable() or _why_not_ready(worker),
     )
     exit_when_stuck(why_not_live)
     watching = asyncio.create_task(lag.run())

@@ -140,12 +140,12 @@ async def test_outage_of_kafka_is_not_stuck_and_its_time_does_not_count(topic):
     topic.is_away = True
     await topic.pass_time(10 * STUCK_SECONDS)
     assert topic.watch.why_stuck() is None
-    assert topic.watch.why_away() == "Kafka has not answered for 300 s"
+    assert topic.watch.why_unavailable() == "Kafka has not answered for 300 s"
     topic.is_away = False
     await topic.pass_time(STUCK_SECONDS)
     assert topic.watch.why_stuck() is None
-    assert topic.watch.why_away() is None
-    assert topic.watch.seconds_away() == 0
+    assert topic.watch.why_unavailable() is None
+    assert topic.watch.seconds_unavailable() == 0
     await topic.pass_time(LOOK_SECONDS)
     assert topic.watch.why_stuck()
 
@@ -189,10 +189,10 @@ async def test_outage_of_kafka_is_noticed_without_partitions_too(topic):
     topic.positions = {}
     topic.is_away = True
     await topic.watch.look()
-    assert topic.watch.why_away()
+    assert topic.watch.why_unavailable()
     topic.is_away = False
     await topic.watch.look()
-    assert topic.watch.why_away() is None
+    assert topic.watch.why_unavailable() is None
 
 
 async def test_kafka_answers_since_its_first_answer_after_an_outage(topic):
