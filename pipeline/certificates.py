@@ -1,4 +1,4 @@
-"""What is wrong with a server's certificate, and what to do about it: the same words for Kafka and for Postgres."""
+"""What is wrong with a server's certificate and how to fix it, in the same words for Kafka and Postgres."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _OTHER_NAME: Final = (62, 64)
 
 
 def certificate_complaint(error: ssl.SSLCertVerificationError, *, ca_setting: str) -> str:
-    """Say why the certificate is refused and what helps, in one line; `ca_setting` is where its CA is to be given."""
+    """Explain in one line why a certificate is refused and how to fix that; `ca_setting` is where its CA is set."""
     if error.verify_code == _EXPIRED:
         advice = "renew the server's certificate"
     elif error.verify_code in _OTHER_NAME:

@@ -21,7 +21,7 @@ from pipeline.kafka.security import KafkaSecurity
 from pipeline.kafka.topics import TopicSpec, load_topic_specs
 
 CONFIG_FILE_VARIABLE: Final = "AGENT_METADATA_CONFIG_FILE"
-# How long a role that is told to stop may bring out what it holds. Source: metadatabatcher's final flush.
+# How long a role that is stopped may take to write what it holds. Source: metadatabatcher's final flush.
 SHUTDOWN_SECONDS: Final = 15.0
 # Source: Kafka's org.apache.kafka.common.internals.Topic.
 _TOPIC_NAME: Final = r"^[a-zA-Z0-9._-]{1,249}$"
@@ -33,10 +33,10 @@ _IN_WORDS: Final = {
 
 
 class Settings(KafkaSecurity):
-    """What an operator may set; each field's environment variable is its name in capitals behind AGENT_METADATA_.
+    """What an operator may set; a field's environment variable is AGENT_METADATA_ and its name in capitals.
 
     KAFKA_BOOTSTRAP_SERVERS, DATABASE_URL and DATABASE_LISTEN_URL are shared with other programs and carry no prefix.
-    In the TOML file that AGENT_METADATA_CONFIG_FILE names, a setting is called as its field here.
+    In the TOML file that AGENT_METADATA_CONFIG_FILE names, settings have the names of the fields.
     """
 
     database_url: SecretStr = Field(
@@ -56,12 +56,12 @@ class Settings(KafkaSecurity):
     dead_letter_topic: str = Field(
         default="agent-metadata.dead-letter.v1",
         pattern=_TOPIC_NAME,
-        description="what could not be used, with its reason",
+        description="records that could not be used, with the reason",
     )
     consumer_group: str = Field(
         default="agent-metadata", min_length=1, description="prefix of the groups -worker and -sink"
     )
-    partitions: int = Field(default=8, ge=1, le=1024, description="of the events and the batches topic alike")
+    partitions: int = Field(default=8, ge=1, le=1024, description="of both the events and the batches topic")
     window_seconds: float = Field(
         default=5.0, ge=0.1, le=3600, description="length of a tumbling window; metadatabatcher's interval is 5 s"
     )
@@ -74,22 +74,22 @@ class Settings(KafkaSecurity):
         "set it to the batch size for metadatabatcher's behaviour",
     )
     undeclared: Literal["insert", "ignore"] = Field(
-        default="insert", description="a pair without a row becomes one, or is left out (metadatabatcher)"
+        default="insert", description="a pair without a row is inserted, or ignored (metadatabatcher)"
     )
     notify: Literal["on", "off"] = Field(default="on", description="off for backfills that nobody watches")
     unlogged: bool = Field(default=False, description="an UNLOGGED table: less WAL, but a crash of Postgres empties it")
     max_clock_skew_seconds: float = Field(
-        default=60.0, ge=0, le=86_400, description="how far ahead of the broker's clock an agent is believed"
+        default=60.0, ge=0, le=86_400, description="how far ahead of the broker's clock an agent's may be"
     )
     session_timeout_seconds: float = Field(
-        default=10.0, ge=1, le=300, description="after which a silent worker's or sink's partitions move on"
+        default=10.0, ge=1, le=300, description="after which the partitions of a silent worker or sink move to another"
     )
     stuck_seconds: float = Field(
         default=120.0,
         ge=15,
         le=3600,
-        description="how long the event loop may not turn, or records wait and none be read although Kafka answers, "
-        "before /live fails and the process ends to be restarted; three times Kafka's 40 s to give a request up",
+        description="how long the event loop may stand still, or records wait unread although Kafka answers, before "
+        "/live fails and the process ends to be restarted; three times Kafka's 40 s request timeout",
     )
     metrics_port: int = Field(default=0, ge=0, le=65_535, description="of /metrics; 0 = off")
     metrics_prefix: Literal["agent_metadata_", "coderd_agentapi_metadata_"] = Field(
@@ -100,7 +100,7 @@ class Settings(KafkaSecurity):
     )
     serve_port: int = Field(default=8080, ge=0, le=65_535, description="of the API and the live page; 0 = any free one")
     serve_token: SecretStr | None = Field(
-        default=None, description="bearer token that the API asks for; unset or empty: none"
+        default=None, description="bearer token that the API requires; unset or empty: none"
     )
     serve_cors_origins: str = Field(
         default="",
@@ -142,7 +142,7 @@ class Settings(KafkaSecurity):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Put what counts more first: the command line, the environment, the file."""
+        """Order the sources by precedence: the command line, the environment, the file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file())
 
     @property
@@ -175,10 +175,10 @@ class Settings(KafkaSecurity):
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Read the settings; options given on the command line (not None) go over the environment.
+    """Read the settings; `overrides`, unless None, take precedence over the environment, and that over the file.
 
     Raises:
-        ConfigError: names the setting, its value and what is allowed; a secret's value is never shown.
+        ConfigError: names each wrong setting, its value (unless secret) and what is allowed.
     """
     known = {_variable(name) for name in Settings.model_fields} | {CONFIG_FILE_VARIABLE}
     for name in os.environ:
@@ -193,7 +193,7 @@ def load_settings(**overrides: Any) -> Settings:
 
 
 def describe_settings(settings: Settings) -> list[tuple[str, str, str]]:
-    """List (variable, value, origin) of each setting; secrets are masked, the origin is where the value came from."""
+    """List each setting as (variable, value, origin), the origin being where its value is from; secrets are masked."""
     file = _config_file()
     in_file = tomllib.loads(file.read_text(encoding="utf-8")) if file else {}
     described = []
@@ -208,7 +208,7 @@ def _refuse_missing_files(url: str) -> None:
     try:
         parameters = dict(parse_qsl(urlsplit(url).query))
     except ValueError:
-        return  # asyncpg says it better
+        return  # asyncpg explains it better
     for name in ("sslrootcert", "sslcert", "sslkey"):
         if name in parameters and not Path(parameters[name]).is_file():
             raise ValueError(f"{name}={parameters[name]}: there is no such file")
@@ -248,7 +248,7 @@ def _complaint(item: Any) -> str:
 
 
 def _allowed(name: str) -> str | None:
-    """Say what a setting allows where pydantic would say a part of it, or a pattern; None where it says it well."""
+    """Say what a setting allows where pydantic's message is partial, or a pattern; None where it is good."""
     field = Settings.model_fields[name]
     limits = {limit: getattr(rule, limit) for rule in field.metadata for limit in ("ge", "le") if hasattr(rule, limit)}
     if limits:

@@ -11,24 +11,24 @@ from typing import Final, Literal
 
 import structlog
 
-# How often a client library's complaint is worth a line: while Kafka is away they repeat it many times a second.
+# A client library's warning is logged at most this often: during an outage of Kafka they repeat it many times a second.
 _REPEAT_SECONDS: Final = 10.0
 
 
-class Seldom(logging.Filter):
-    """Lets through what a library says for the first time in 10 s; numbers in it count as the same.
+class RepeatFilter(logging.Filter):
+    """Drops what a library has logged in the last 10 s already, whatever numbers are in it.
 
-    Our own records pass, but for those that only hand on what librdkafka said.
+    This package's own records pass, except those that only relay an error of librdkafka's.
     """
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         """Make a filter; `monotonic` is its clock."""
         super().__init__()
         self._monotonic = monotonic
-        self._said_at: dict[tuple[str, str], float] = {}
+        self._logged_at: dict[tuple[str, str], float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether the record is to be shown."""
+        """Tell whether to show the record."""
         if record.name.startswith("pipeline"):
             event = record.msg if isinstance(record.msg, dict) else {}
             if event.get("event") != "kafka_unavailable":
@@ -37,13 +37,13 @@ class Seldom(logging.Filter):
         else:
             text = record.getMessage()
         now = self._monotonic()
-        self._said_at = {key: at for key, at in self._said_at.items() if now - at < _REPEAT_SECONDS}
+        self._logged_at = {key: at for key, at in self._logged_at.items() if now - at < _REPEAT_SECONDS}
         key = (record.name, re.sub(r"\d+", "#", text))
-        return self._said_at.setdefault(key, now) == now
+        return self._logged_at.setdefault(key, now) == now
 
 
-def without_stack_of_an_answer(record: logging.LogRecord) -> bool:
-    """Drop the traceback that Faust logs of an answer of Kafka's: where in aiokafka it arrived says nothing."""
+def without_kafka_traceback(record: logging.LogRecord) -> bool:
+    """Drop the traceback that Faust logs with an error from Kafka: where in aiokafka it was raised says nothing."""
     if record.exc_info and record.exc_info[0] and record.exc_info[0].__module__ == "aiokafka.errors":
         record.exc_info = None
     return True
@@ -76,9 +76,9 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
-    handler.addFilter(Seldom())
-    handler.addFilter(without_stack_of_an_answer)
+    handler.addFilter(RepeatFilter())
+    handler.addFilter(without_kafka_traceback)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("pipeline").setLevel(logging.INFO)
-    # asyncpg's pool logs a traceback a second while Postgres is away; the sink says so itself, in a line.
+    # asyncpg's pool logs a traceback a second while Postgres is unavailable; the sink itself logs that in one line.
     logging.getLogger("asyncpg").setLevel(logging.CRITICAL)

@@ -5,7 +5,7 @@ import logging
 import pytest
 import structlog
 
-from pipeline.monitoring.logs import Seldom, configure_logging
+from pipeline.monitoring.logs import RepeatFilter, configure_logging
 
 
 @pytest.fixture(autouse=True)
@@ -44,17 +44,17 @@ def warning(name, text):
 
 def test_library_that_repeats_itself_is_shown_once_in_ten_seconds():
     now = [100.0]
-    seldom = Seldom(lambda: now[0])
+    repeats = RepeatFilter(lambda: now[0])
     shown = []
     for now[0] in (100.0, 100.5, 109.0, 110.0, 111.0):
-        shown.append(seldom.filter(warning("librdkafka", f"connect failed after {now[0]} ms")))
+        shown.append(repeats.filter(warning("librdkafka", f"connect failed after {now[0]} ms")))
     assert shown == [True, False, False, True, False]
 
 
 def test_library_that_says_something_else_is_shown():
-    seldom = Seldom(iter((100.0, 100.1)).__next__)
-    assert seldom.filter(warning("librdkafka", "connect failed"))
-    assert seldom.filter(warning("librdkafka", "fenced"))
+    repeats = RepeatFilter(iter((100.0, 100.1)).__next__)
+    assert repeats.filter(warning("librdkafka", "connect failed"))
+    assert repeats.filter(warning("librdkafka", "fenced"))
 
 
 def test_own_warning_is_shown_each_time_but_for_handed_on_complaints(capsys):
