@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.cli.console import CommandGroup, JsonOption, command_settings, printable, run_job, stderr
 from pipeline.core.dead_letter import DeadLetter, rfc3339
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.jobs.redrive import Filter, dead_letters, redrive
+from pipeline.jobs.redrive import LetterFilter, dead_letters, redrive
 
 app = CommandGroup(help="Inspect the records and rows that were refused, and try them again once the cause is fixed.")
 
@@ -66,7 +66,7 @@ def show(
 ) -> None:
     """Show one dead letter in full: where it came from, why it was refused, its headers and its value."""
     settings, place = command_settings(), _offset(offset)
-    letter = next(dead_letters(settings, Filter(offset=place)), None)
+    letter = next(dead_letters(settings, LetterFilter(offset=place)), None)
     if letter is None:
         raise PipelineError(f"{settings.dead_letter_topic} has nothing at {place[0]}:{place[1]}; see `list`")
     if as_json:
@@ -110,7 +110,7 @@ def redrive_letters(
     dead-letter topic itself is only read.
     """
     settings, chosen = command_settings(), _filter(agent, stage, reason, offset)
-    if chosen == Filter() and not all_of_them:
+    if chosen == LetterFilter() and not all_of_them:
         raise ConfigError("say which: --agent, --stage, --reason, --offset or --all")
     with _progress("redriving") as on_progress:
         done = run_job(
@@ -135,10 +135,10 @@ def redrive_letters(
     )
 
 
-def _filter(agent: str | None, stage: str | None, reason: str | None, offset: str | None = None) -> Filter:
+def _filter(agent: str | None, stage: str | None, reason: str | None, offset: str | None = None) -> LetterFilter:
     if stage not in (None, "worker", "sink"):
         raise ConfigError(f"--stage {stage}: must be worker or sink")
-    return Filter(agent, stage, reason, None if offset is None else _offset(offset))
+    return LetterFilter(agent, stage, reason, None if offset is None else _offset(offset))
 
 
 def _offset(text: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, ExitCode
 from pipeline.jobs.shadow import ShadowDiff, shadow_diff
 from pipeline.jobs.status import Status, gather_status
 from pipeline.jobs.trace import trace
-from pipeline.jobs.why import Found, explain
+from pipeline.jobs.why import Trace, explain
 from pipeline.postgres.connections import connected
 from pipeline.postgres.migrations import require_schema
 from pipeline.settings import Settings
@@ -135,17 +135,17 @@ def why(
     settings = command_settings()
     (agent_id,) = canonical_agents([agent_id], name="AGENT")
     found = run_job(_trace(settings, agent_id, key))
-    verdict, said = explain(found)
+    verdict, explanation = explain(found)
     if as_json:
-        answer = {"verdict": verdict, "explanation": said, **msgspec.structs.asdict(found)}
+        answer = {"verdict": verdict, "explanation": explanation, **msgspec.structs.asdict(found)}
         print(msgspec.json.encode(answer).decode())
     else:
-        _show_trace(settings, found, verdict, said)
+        _show_trace(settings, found, verdict, explanation)
     if verdict not in ("held", "row_newer"):
         raise typer.Exit(ExitCode.FAILURE)
 
 
-async def _trace(settings: Settings, agent_id: str, key: str) -> Found:
+async def _trace(settings: Settings, agent_id: str, key: str) -> Trace:
     async with connected(settings) as connection:
         await require_schema(connection)
         columns = (TextColumn("searching: {task.completed:,.0f} records, {task.speed:,.0f}/s"),)
@@ -156,7 +156,7 @@ async def _trace(settings: Settings, agent_id: str, key: str) -> Found:
             )
 
 
-def _show_trace(settings: Settings, found: Found, verdict: str, said: str) -> None:
+def _show_trace(settings: Settings, found: Trace, verdict: str, explanation: str) -> None:
     event, batch, row = found.event, found.batch, found.row
     lines = {"event": "none in the topic", "batch": "none", "row": "none"}
     if event is not None:
@@ -169,7 +169,7 @@ def _show_trace(settings: Settings, found: Found, verdict: str, said: str) -> No
         lines["batch"] = f"{where}, part {batch.part} of {batch.parts}, {closed}"
     if row is not None:
         lines["row"] = _entry(row.value, row.error, row.collected_at)
-    for name, text in (*lines.items(), (verdict, said)):
+    for name, text in (*lines.items(), (verdict, explanation)):
         print(f"{name + ':':12} {text}")
 
 

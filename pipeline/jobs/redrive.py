@@ -1,4 +1,4 @@
-"""List the dead letters and give them another try: what the commands `dead-letter ...` do."""
+"""List the dead letters, and redrive them: produce them to the events topic again."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pipeline.kafka.range_reader import RangeReader
 from pipeline.kafka.records import dead_letter_of
 from pipeline.settings import Settings
 
-# Reports under way to Kafka at once.
-_MOST_UNACKNOWLEDGED: Final = 1000
+# Reports that may wait for Kafka's acknowledgement at once.
+_MAX_UNACKNOWLEDGED: Final = 1000
 _ANSWER_SECONDS: Final = 10.0
 _FLUSH_SECONDS: Final = 15.0
 
 Progress = Callable[[int, int], None]
 
 
-class Filter(NamedTuple):
-    """Which dead letters are meant; None is any.
+class LetterFilter(NamedTuple):
+    """Which dead letters to choose; None matches any.
 
-    `reason` is a part of the reason, in any case; `offset` is (partition, offset) of the dead-letter topic.
+    `reason` is part of the reason, ignoring case; `offset` is (partition, offset) in the dead-letter topic.
     """
 
     agent: str | None = None
@@ -37,7 +37,7 @@ class Filter(NamedTuple):
     offset: tuple[int, int] | None = None
 
     def matches(self, letter: DeadLetter) -> bool:
-        """Tell whether a dead letter is meant."""
+        """Tell whether a dead letter is chosen."""
         return (
             (self.agent is None or letter.agent.lower() == self.agent.lower())
             and (self.stage is None or letter.stage == self.stage)
@@ -46,11 +46,11 @@ class Filter(NamedTuple):
         )
 
 
-class Redriven(NamedTuple):
+class RedriveCounts(NamedTuple):
     """What a redrive did, in dead letters: `matched` is the sum of the others.
 
-    `refused`: would be refused again; `duplicates`: another one that says the same was sent; `came_back`: redriven
-    too often already.
+    `refused` would be refused again; `duplicates` have the same reports as a later one; `came_back` were redriven too
+    often already.
     """
 
     matched: int
@@ -61,9 +61,9 @@ class Redriven(NamedTuple):
 
 
 def dead_letters(
-    settings: Settings, chosen: Filter, *, on_progress: Progress = lambda _done, _total: None
+    settings: Settings, chosen: LetterFilter, *, on_progress: Progress = lambda _done, _total: None
 ) -> Iterator[DeadLetter]:
-    """Iterate what the dead-letter topic holds now, the oldest first.
+    """Iterate over what the dead-letter topic holds now, oldest first.
 
     Raises:
         TopicMismatch, ServiceUnavailable: the topic can't be read.
@@ -76,15 +76,9 @@ def dead_letters(
     reader = RangeReader(settings.client_config(), topic)
     try:
         ranges = reader.between(range(partitions), None, None)
-        total, done = sum(offsets.length for offsets in ranges), 0
-
-        def on_read(records: int) -> None:
-            nonlocal done
-            done += records
-            on_progress(done, total)
-
+        reading = _Reading(sum(offsets.length for offsets in ranges), on_progress)
         for offsets in ranges:
-            for message in reader.records(offsets, on_read):
+            for message in reader.records(offsets, reading.advance):
                 letter = dead_letter_of(message)
                 if chosen.matches(letter):
                     yield letter
@@ -92,26 +86,40 @@ def dead_letters(
         reader.close()
 
 
+class _Reading:
+    """Turns records read one after the other into progress towards a total."""
+
+    def __init__(self, total: int, on_progress: Progress) -> None:
+        self._total = total
+        self._done = 0
+        self._on_progress = on_progress
+
+    def advance(self, records: int) -> None:
+        self._done += records
+        self._on_progress(self._done, self._total)
+
+
 async def redrive(
     settings: Settings,
-    chosen: Filter,
+    chosen: LetterFilter,
     *,
     max_redrives: int,
     dry_run: bool = False,
     on_refused: Callable[[DeadLetter, str], None] = lambda _letter, _reason: None,
     on_progress: Progress = lambda _done, _total: None,
-) -> Redriven:
-    """Make reports of dead letters again and produce them to the events topic.
+) -> RedriveCounts:
+    """Turn dead letters back into reports and produce these to the events topic.
 
-    Guarantee: each entry keeps the time it had, so that a row never goes back, however often this is called. What
-    would be refused again stays where it is, and so does what was redriven `max_redrives` times already. The
-    dead-letter topic is only read. A dry run counts exactly what a real one would then do.
+    Guarantee: each entry keeps its time, so a row never moves back, however often this is called. A dead letter stays
+    where it is if it would be refused again, or was redriven `max_redrives` times already; `on_refused(letter, reason)`
+    is called then. The dead-letter topic is only read. A dry run counts exactly what a real run would do.
 
     Raises:
-        TopicMismatch, ServiceUnavailable: Kafka can't be read; PipelineError: it did not take all; run it again.
+        TopicMismatch, ServiceUnavailable: Kafka can't be read.
+        PipelineError: Kafka did not acknowledge all reports; run it again.
     """
-    # Read twice rather than kept: a row that Postgres refuses comes back without headers, so the same report again
-    # says how often it was tried; and of several only the last is sent.
+    # The topic is read twice, to save memory. A row that Postgres refuses comes back without its headers, so the
+    # number of equal reports tells how often it was tried; of equal ones only the last is sent.
     seen: Counter[bytes] = Counter()
     counts: Counter[str] = Counter()
     for letter in dead_letters(settings, chosen):
@@ -120,38 +128,38 @@ async def redrive(
             on_refused(letter, reports)
         else:
             seen[_digest(reports)] += 1
-    left = seen.copy()
-    # As MetadataProducer places them, so that an agent's reports stay in one partition.
+    remaining = seen.copy()
+    # MetadataProducer's partitioner, so that an agent's reports stay in one partition.
     publisher = Publisher({**settings.client_config(), "partitioner": "murmur2"})
     acknowledgements: list[asyncio.Future[None]] = []
     try:
         for letter in dead_letters(settings, chosen, on_progress=on_progress):
             reports = _restored(settings, letter)
             digest = b"" if isinstance(reports, str) else _digest(reports)
-            left[digest] -= 1
+            remaining[digest] -= 1
             if isinstance(reports, str):
                 counts["refused"] += 1
-            elif left[digest] > 0:
+            elif remaining[digest] > 0:
                 counts["duplicates"] += 1
-            elif left[digest] < 0:
-                continue  # came while this ran
+            elif remaining[digest] < 0:
+                continue  # arrived after the first reading
             elif max(letter.redrives, seen[digest] - 1) >= max_redrives:
                 counts["came_back"] += 1
-                on_refused(letter, f"redriven {max_redrives} times already; mend the cause, or raise --max-redrives")
+                on_refused(letter, f"redriven {max_redrives} times already; fix the cause, or raise --max-redrives")
             else:
                 counts["redriven"] += 1
                 if not dry_run:
                     acknowledgements += await _send(settings, publisher, letter, reports)
-                    if len(acknowledgements) >= _MOST_UNACKNOWLEDGED:
+                    if len(acknowledgements) >= _MAX_UNACKNOWLEDGED:
                         await asyncio.gather(*acknowledgements)
                         acknowledgements.clear()
         await asyncio.gather(*acknowledgements)
     finally:
         not_acknowledged = await publisher.close(_FLUSH_SECONDS)
     if not_acknowledged:
-        raise PipelineError(f"Kafka did not acknowledge {not_acknowledged} reports; run it again, which is harmless")
+        raise PipelineError(f"Kafka did not acknowledge {not_acknowledged} reports; run it again, which is safe")
     fields = {name: counts[name] for name in ("redriven", "refused", "duplicates", "came_back")}
-    return Redriven(matched=sum(fields.values()), **fields)
+    return RedriveCounts(matched=sum(fields.values()), **fields)
 
 
 def _restored(settings: Settings, letter: DeadLetter) -> list[Report] | str:

@@ -6,20 +6,21 @@ import json
 from typing import Any, Final
 
 import msgspec
+from asyncpg import Connection
 
 from pipeline.errors import ConfigError, SchemaMismatch
 from pipeline.postgres.errors import translated_errors
 from pipeline.postgres.store import statement
 
-_NAMED_PAIRS: Final = 20
-_MINUTE_SECONDS: Final = 60.0
+_MAX_PAIRS: Final = 20
+_COMPARE_SECONDS: Final = 60.0
 
 
 class ShadowDiff(msgspec.Struct):
-    """How many pairs of both tables agree in value and error; `pairs` names the first 20 that don't.
+    """How many pairs of both tables agree in value and error; `pairs` lists the first 20 that don't.
 
-    `only_shadow` pairs are no difference: coder's batcher updates declared pairs only. `unsettled` ones have just
-    changed.
+    `only_shadow` pairs are not a difference, as coder's batcher updates declared pairs only. `unsettled` pairs changed
+    too recently to compare.
     """
 
     same: int
@@ -30,11 +31,11 @@ class ShadowDiff(msgspec.Struct):
     pairs: list[dict[str, Any]]
 
 
-async def shadow_diff(connection: Any, *, live_schema: str, settle_seconds: float) -> ShadowDiff:
-    """Compare the table of the connection's search path with the live schema's; reads both, and writes nothing.
+async def shadow_diff(connection: Connection, *, live_schema: str, settle_seconds: float) -> ShadowDiff:
+    """Compare the table in the connection's search path with the live schema's; writes nothing.
 
     Raises:
-        ConfigError: both are the same table, or there is none in the live schema.
+        ConfigError: both are the same table, or the live schema has none.
         SchemaMismatch: there is no shadow table.
         ServiceUnavailable: Postgres did not answer.
     """
@@ -49,5 +50,5 @@ async def shadow_diff(connection: Any, *, live_schema: str, settle_seconds: floa
                 f"DATABASE_URL leads to the table of {live_schema} itself: add search_path=shadow to it, see README.md"
             )
         query = statement("shadow_diff").replace("live_schema.", f"{tables['live_schema']}.")
-        row = await connection.fetchrow(query, settle_seconds, _NAMED_PAIRS, timeout=_MINUTE_SECONDS)
+        row = await connection.fetchrow(query, settle_seconds, _MAX_PAIRS, timeout=_COMPARE_SECONDS)
     return ShadowDiff(**{**row, "pairs": json.loads(row["pairs"])})

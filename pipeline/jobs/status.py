@@ -1,4 +1,4 @@
-"""What `status` shows: gathered from Kafka, Postgres and the roles' own metrics, and whether it is healthy."""
+"""The pipeline's status, from Kafka, Postgres and the roles' own metrics, and whether it is healthy."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
+from asyncpg import Connection
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.errors import ServiceUnavailable
@@ -21,18 +22,19 @@ from pipeline.postgres.store import epoch_is_over, statement
 from pipeline.settings import Settings
 
 _ANSWER_SECONDS: Final = 10.0
-# Reading the whole table is a luxury of this screen: it must not hold up the rest.
+# The table is counted by a full scan, which must not delay the rest.
 _TABLE_SECONDS: Final = 10.0
 _SCRAPE_SECONDS: Final = 2.0
 
 Watermarks = Mapping[int, tuple[int, int]]
+Sample = tuple[str, Mapping[str, str], float]
 
 
 class PartitionStatus(msgspec.Struct):
-    """How far worker and sink are with one partition.
+    """How far worker and sink have got with one partition.
 
-    Units: lags in records (of the events topic, of the batches topic); `*_behind_seconds` is how long the oldest record
-    that is not done yet has waited. `open_pairs` is None where no worker's metrics can be read.
+    Units: lags in records, of the events topic and of the batches topic; `*_behind_seconds` is how long the oldest
+    unfinished record has waited. `open_pairs` is None if no worker's metrics can be read.
     """
 
     partition: int
@@ -45,7 +47,7 @@ class PartitionStatus(msgspec.Struct):
 
 
 class TableStatus(msgspec.Struct):
-    """What the table holds; an agent is stale if its newest value is too old."""
+    """What the table contains; an agent is stale if its newest value is too old."""
 
     rows: int
     agents: int
@@ -53,7 +55,7 @@ class TableStatus(msgspec.Struct):
 
 
 class Status(msgspec.Struct):
-    """One look at everything. None: could not be had (metrics), or not in time (the table)."""
+    """The whole pipeline at one moment; None for metrics that no role serves, and for a table not counted in time."""
 
     workers: int
     sinks: int
@@ -64,34 +66,34 @@ class Status(msgspec.Struct):
     is_table_emptied: bool = False
 
     def problems(self, *, worker_may_lag_seconds: float, sink_may_lag_seconds: float) -> list[str]:
-        """Say what is wrong, one line each; nothing, if the pipeline is healthy."""
-        found = []
+        """Return one line for each thing that is wrong; none if the pipeline is healthy."""
+        problems = []
         if not self.workers:
-            found.append("no worker is in its consumer group: start one (`agent-metadata worker`)")
+            problems.append("no worker is in its consumer group: start one (`agent-metadata worker`)")
         if not self.sinks:
-            found.append("no sink is in its consumer group: start one (`agent-metadata sink`)")
-        worker = max((item.worker_behind_seconds for item in self.partitions), default=0.0)
+            problems.append("no sink is in its consumer group: start one (`agent-metadata sink`)")
+        worker = max((partition.worker_behind_seconds for partition in self.partitions), default=0.0)
         if worker > worker_may_lag_seconds:
-            found.append(f"the worker is {worker:.0f} s behind: see its log; more workers share the partitions")
-        sink = max((item.sink_behind_seconds for item in self.partitions), default=0.0)
+            problems.append(f"the worker is {worker:.0f} s behind: see its log; more workers share the partitions")
+        sink = max((partition.sink_behind_seconds for partition in self.partitions), default=0.0)
         if sink > sink_may_lag_seconds:
-            found.append(f"the sink is {sink:.0f} s behind: see its log, and whether Postgres is slow")
+            problems.append(f"the sink is {sink:.0f} s behind: see its log, and whether Postgres is slow")
         if self.outage_seconds:
-            found.append(f"a sink holds batches back for {self.outage_seconds:.0f} s: Postgres is away")
+            problems.append(f"a sink has held batches back for {self.outage_seconds:.0f} s: Postgres is unavailable")
         if self.is_table_emptied:
-            found.append("the table was emptied: a sink refills it by itself, or `agent-metadata refill` does")
-        return found
+            problems.append("the table was emptied: a sink refills it by itself, or `agent-metadata refill` does")
+        return problems
 
 
-class Lag(NamedTuple):
-    """What is not done of a partition: records, and for how long the oldest of them has waited."""
+class LagNow(NamedTuple):
+    """The unfinished records of a partition, and how long the oldest of them has waited."""
 
     records: int
     seconds: float
 
 
 class _Groups(NamedTuple):
-    """What Kafka says at one moment; offsets by partition."""
+    """Offsets, by partition, and group sizes at one moment."""
 
     events: Watermarks
     batches: Watermarks
@@ -102,9 +104,9 @@ class _Groups(NamedTuple):
 
 
 async def gather_status(
-    settings: Settings, connection: Any, *, stale_after_seconds: float, metrics_urls: Sequence[str]
+    settings: Settings, connection: Connection, *, stale_after_seconds: float, metrics_urls: Sequence[str]
 ) -> Status:
-    """Look at everything once; nothing is changed, and no group is joined.
+    """Look at the whole pipeline once; changes nothing and joins no group.
 
     Raises:
         TopicMismatch, ServiceUnavailable, ConfigError: topics or tables are missing, or a server does not answer.
@@ -148,7 +150,7 @@ def group_positions(settings: Settings, events: TopicFacts) -> dict[int, int]:
 
 
 async def _ask_kafka(settings: Settings, topics: Mapping[str, TopicFacts]) -> _Groups:
-    # Positions before ends, so that what comes meanwhile counts as lag and never the other way round.
+    # Positions before ends: records that arrive in between then count as lag, and no lag is negative.
     committed = await asyncio.to_thread(group_positions, settings, topics["events"])
     with KafkaAdmin(settings.client_config()) as admin:
         events, batches, dead_letters = [
@@ -164,18 +166,18 @@ async def _ask_kafka(settings: Settings, topics: Mapping[str, TopicFacts]) -> _G
 
 async def _lags(
     settings: Settings, topic: TopicFacts, positions: Mapping[int, int], ends: Watermarks
-) -> dict[int, Lag]:
+) -> dict[int, LagNow]:
     starts = {number: max(low, positions.get(number, low)) for number, (low, _) in ends.items()}
     waiting = {number: at for number, at in starts.items() if at < ends[number][1]}
     seconds: Mapping[int, float] = {}
     if waiting:
         async with RangeReader(settings.client_config(), topic.name) as reader:
             seconds = await asyncio.to_thread(_waited, reader, waiting)
-    return {number: Lag(max(0, ends[number][1] - at), seconds.get(number, 0.0)) for number, at in starts.items()}
+    return {number: LagNow(max(0, ends[number][1] - at), seconds.get(number, 0.0)) for number, at in starts.items()}
 
 
 def _waited(reader: RangeReader, positions: Mapping[int, int]) -> dict[int, float]:
-    """Return for how many seconds the record at each position has been in its topic."""
+    """Return how many seconds ago the record at each position was appended."""
     waited = {}
     for number, at in positions.items():
         reader.open(OffsetRange(number, at, at + 1))
@@ -188,7 +190,7 @@ def _waited(reader: RangeReader, positions: Mapping[int, int]) -> dict[int, floa
     return waited
 
 
-async def _table(connection: Any, stale_after_seconds: float) -> TableStatus | None:
+async def _table(connection: Connection, stale_after_seconds: float) -> TableStatus | None:
     async with translated_errors("counting rows"):
         try:
             row = await connection.fetchrow(statement("status_table"), stale_after_seconds, timeout=_TABLE_SECONDS)
@@ -197,9 +199,9 @@ async def _table(connection: Any, stale_after_seconds: float) -> TableStatus | N
     return TableStatus(row["rows"], row["agents"], row["stale_agents"])
 
 
-def _scrape(urls: Sequence[str]) -> list[tuple[str, Mapping[str, str], float]]:
-    """Read (name, labels, value) of roles that serve metrics; who doesn't answer is left out."""
-    samples: list[tuple[str, Mapping[str, str], float]] = []
+def _scrape(urls: Sequence[str]) -> list[Sample]:
+    """Read (name, labels, value) of the roles' metrics; roles that don't answer are left out."""
+    samples: list[Sample] = []
     for url in urls:
         try:
             with urllib.request.urlopen(url, timeout=_SCRAPE_SECONDS) as answer:  # noqa: S310  # http(s), checked before
@@ -207,14 +209,14 @@ def _scrape(urls: Sequence[str]) -> list[tuple[str, Mapping[str, str], float]]:
         except OSError:
             continue
         for family in text_string_to_metric_families(text):
-            samples += [(item.name, item.labels, item.value) for item in family.samples]
+            samples += [(sample.name, sample.labels, sample.value) for sample in family.samples]
     return samples
 
 
-def _open_pairs(samples: Sequence[tuple[str, Mapping[str, str], float]], partition: int) -> int | None:
-    found = [
+def _open_pairs(samples: Sequence[Sample], partition: int) -> int | None:
+    values = [
         value
         for name, labels, value in samples
         if name == "agent_metadata_open_pairs" and labels.get("partition") == str(partition)
     ]
-    return int(max(found)) if found else None
+    return int(max(values)) if values else None

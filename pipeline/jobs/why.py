@@ -1,4 +1,4 @@
-"""Say why a pair's row is as it is, from what was found of it on its way."""
+"""Explain a pair's row from the trace that the pair left on its way there."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Verdict = Literal[
 
 
 class Event(msgspec.Struct):
-    """An entry of the pair in the events topic; `collected_at` is the time that counts, limits applied.
+    """An entry of the pair in the events topic; `collected_at` is the time that counts, after clamping.
 
-    `refused`: why the worker can't use it; it has no value then.
+    `refused`: why the worker can't use the record, which has no value then.
     """
 
     partition: int
@@ -39,7 +39,7 @@ class Event(msgspec.Struct):
 
 
 class Carrier(msgspec.Struct):
-    """The batch that carried an event; `closed_at` is the end of its window."""
+    """The batch that carried the event; `closed_at` is the end of its window."""
 
     partition: int
     offset: int
@@ -49,7 +49,7 @@ class Carrier(msgspec.Struct):
     closed_at: datetime
 
 
-class HeldRow(msgspec.Struct):
+class TableRow(msgspec.Struct):
     """The pair's row in Postgres."""
 
     value: str
@@ -57,30 +57,30 @@ class HeldRow(msgspec.Struct):
     collected_at: datetime
 
 
-class Found(msgspec.Struct):
-    """What was found of a pair: its newest event, the batch of it, its row.
+class Trace(msgspec.Struct):
+    """A pair on its way: its newest event, the batch that carried the event, and its row.
 
     `committed` and `applied` are the next offsets of worker and sink in the event's partition. `dead_letter` is the
-    reason in a dead letter of this event.
+    reason given in a dead letter of this event.
     """
 
     agent_id: str
     key: str
     event: Event | None = None
     batch: Carrier | None = None
-    row: HeldRow | None = None
+    row: TableRow | None = None
     committed: int = 0
     applied: int = 0
     dead_letter: str | None = None
     is_ignoring_undeclared: bool = False
 
 
-def explain(found: Found) -> tuple[Verdict, str]:
-    """Return the verdict, and a sentence that says what it means and what to do."""
-    event, row = found.event, found.row
+def explain(trace: Trace) -> tuple[Verdict, str]:
+    """Return the verdict and its explanation: a sentence that says what it means and what to do."""
+    event, row = trace.event, trace.row
     if event is None:
         if row is None:
-            return "no_event", "no report with this pair is in the topic, and there is no row: does the agent send it?"
+            return "no_event", "the topic has no report of this pair and the table no row: does the agent send it?"
         return "held", "the row's report is no longer in the topic: retention has deleted it"
     if event.refused is not None:
         return "unreadable", f"the newest record that names the agent can't be used: {event.refused}"
@@ -90,38 +90,39 @@ def explain(found: Found) -> tuple[Verdict, str]:
         if row.collected_at == event.collected_at:
             if (row.value, row.error) == (event.value, event.error):
                 return "held", "the row holds this event"
-            return _waiting(found) or ("tie", "the row holds another entry of the same time, which a replay won't undo")
-    return _waiting(found) or _missing(found)
+            tie = "the row holds another entry of the same time, which a replay does not replace"
+            return _waiting(trace) or ("tie", tie)
+    return _waiting(trace) or _missing(trace)
 
 
-def _waiting(found: Found) -> tuple[Verdict, str] | None:
-    """Say where the event is on its way, if it is."""
-    event, batch = found.event, found.batch
-    if found.dead_letter is not None:
-        return "dead_letter", f"it is in the dead-letter topic: {found.dead_letter}"
-    if batch is None and event is not None and found.committed <= event.offset:
-        lag = event.offset - found.committed + 1
+def _waiting(trace: Trace) -> tuple[Verdict, str] | None:
+    """Say where the event is waiting, if it has not arrived yet."""
+    event, batch = trace.event, trace.batch
+    if trace.dead_letter is not None:
+        return "dead_letter", f"it is in the dead-letter topic: {trace.dead_letter}"
+    if batch is None and event is not None and trace.committed <= event.offset:
+        lag = event.offset - trace.committed + 1
         return (
             "not_closed",
-            f"its window is not closed, or not read yet: the worker has {lag} records to commit up to it",
+            f"its window is still open, or it has not been read: the worker has {lag} records to commit up to it",
         )
-    if batch is not None and found.applied <= batch.offset:
-        return "not_applied", f"the sink has {batch.offset - found.applied + 1} batches to apply up to its own"
+    if batch is not None and trace.applied <= batch.offset:
+        return "not_applied", f"the sink has {batch.offset - trace.applied + 1} batches to apply, up to its own"
     return None
 
 
-def _missing(found: Found) -> tuple[Verdict, str]:
-    """Say why an event that has gone all the way is not in its row."""
-    if found.row is None and found.is_ignoring_undeclared:
-        return "undeclared", "the pair has no row, and UNDECLARED=ignore makes none"
-    if found.batch is None:
+def _missing(trace: Trace) -> tuple[Verdict, str]:
+    """Say why an event that has passed worker and sink is not in its row."""
+    if trace.row is None and trace.is_ignoring_undeclared:
+        return "undeclared", "the pair has no row, and with UNDECLARED=ignore the sink creates none"
+    if trace.batch is None:
         return (
             "batch_gone",
-            "its batch is no longer in the topic, and the row lacks it: `agent-metadata replay` brings it",
+            "its batch is no longer in the topic, and the row lacks it: `agent-metadata replay` restores it",
         )
-    if found.row is None:
-        return "row_gone", "it was applied, and the row is gone: `agent-metadata replay` brings it back"
+    if trace.row is None:
+        return "row_gone", "it was applied, but the row is gone: `agent-metadata replay` restores it"
     return (
         "row_older",
-        "it was applied, and the row is older: another program wrote it? `agent-metadata replay` mends it",
+        "it was applied, but the row is older: did another program write it? `agent-metadata replay` repairs it",
     )
