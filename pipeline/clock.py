@@ -1,4 +1,4 @@
-"""The one source of time: windows close by it, and tests bring their own."""
+"""The one source of time, so that tests can bring their own."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ class Clock(Protocol):
     """Processing time, in seconds since the Unix epoch."""
 
     def now(self) -> float:
-        """Return the present; never goes back within one process."""
+        """Return the current time; it never goes back within one process."""
         ...
 
     async def sleep_until(self, deadline: float) -> None:
-        """Return at the deadline, give or take the clock's resolution; at once if it is past."""
+        """Return at the deadline, within the clock's resolution; at once if it has passed."""
         ...
 
 
 class SystemClock:
-    """The machine's clock as it was at start, carried on by the monotonic clock.
+    """The wall clock as it was at start, advanced by the monotonic clock.
 
-    A step of the wall clock (NTP, an operator) then neither shortens nor stretches a window.
+    So a step of the wall clock (NTP, an operator) neither shortens nor lengthens a window.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""For tests of programs that use this package: a clock that stands still, and records made by hand."""
+"""For tests of programs that use this package: a manual clock, and records."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class ManualClock:
         self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
 
     def now(self) -> float:
-        """Return the present, in seconds since the Unix epoch."""
+        """Return the current time, in seconds since the Unix epoch."""
         return self._now
 
     async def sleep_until(self, deadline: float) -> None:
-        """Return when `advance` has reached the deadline."""
+        """Return once `advance` has reached the deadline."""
         if deadline > self._now:
             wakes: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._sleepers.append((deadline, wakes))
             await wakes
 
     async def advance(self, seconds: float) -> None:
-        """Move on, waking sleepers in order, each at its own time; then let everything that woke run."""
+        """Advance the clock, waking sleepers in order, each at its own time, and let every woken task run."""
         target = self._now + seconds
         while due := [sleeper for sleeper in self._sleepers if sleeper[0] <= target]:
             sleeper = min(due, key=lambda item: item[0])
@@ -44,7 +44,7 @@ class ManualClock:
 
 
 async def settle(turns: int = 20) -> None:
-    """Let tasks of the event loop run until they wait for something else than each other."""
+    """Let the event loop's tasks run until none of them waits for another only."""
     for _ in range(turns):
         await asyncio.sleep(0)
 
@@ -58,6 +58,6 @@ def record(
     appended_ms: int = 1_704_067_200_000,
     **values: str,
 ) -> KafkaRecord:
-    """Make the record of a report whose keys and values are the keyword arguments."""
+    """Make a record whose report has the keyword arguments as keys and values."""
     report = Report(str(agent_id), [Entry(key, value) for key, value in values.items()], collected_at)
     return KafkaRecord(offset, appended_ms, str(agent_id).encode(), encode_report(report))

@@ -14,18 +14,18 @@ from pipeline.errors import DecodeError
 NOTIFY_CHANNEL: Final = "workspace_agent_metadata_batch"
 # 16 bytes in standard base64 without padding.
 ENCODED_ID_CHARS: Final = 22
-# Postgres takes 7,999 bytes and refuses 8,000; metadatabatcher counts with 8,000, which comes to the same 363 ids.
+# Postgres accepts 7,999 bytes and refuses 8,000; metadatabatcher assumes 8,000, which also makes 363 ids.
 MAX_PAYLOAD_BYTES: Final = 7999
 MAX_IDS_PER_PAYLOAD: Final = MAX_PAYLOAD_BYTES // ENCODED_ID_CHARS
 
 
 def encode_agent_id(agent_id: uuid.UUID, buffer: bytearray | memoryview | None = None) -> str:
-    """Encode an id as 22 characters: standard base64 alphabet, unpadded; and at the start of `buffer`, if one is given.
+    """Encode an id as 22 characters of standard base64 without padding, also into the start of `buffer` if given.
 
-    Not the URL-safe alphabet: listeners compare the text, and would miss ids with + or / silently.
+    Not the URL-safe alphabet: listeners compare the text, and would silently miss ids with + or /.
 
     Raises:
-        ValueError: the buffer has fewer than 22 bytes; it is left as it was.
+        ValueError: the buffer has fewer than 22 bytes; it is unchanged.
     """
     encoded = base64.b64encode(agent_id.bytes)[:ENCODED_ID_CHARS]
     if buffer is not None:
@@ -36,7 +36,7 @@ def encode_agent_id(agent_id: uuid.UUID, buffer: bytearray | memoryview | None =
 
 
 def encode_agent_id_chunks(agent_ids: Iterable[uuid.UUID]) -> list[str]:
-    """Encode ids, in their order, into payloads of at most 363 ids; no ids give no payload."""
+    """Encode ids, in order, into payloads of at most 363 ids; no ids give no payload."""
     encoded = [encode_agent_id(agent_id) for agent_id in agent_ids]
     return [
         "".join(encoded[start : start + MAX_IDS_PER_PAYLOAD]) for start in range(0, len(encoded), MAX_IDS_PER_PAYLOAD)
@@ -47,12 +47,12 @@ def decode_agent_ids(payload: str) -> Sequence[uuid.UUID]:
     """Decode a payload into its ids, in order; an empty payload has none.
 
     Raises:
-        DecodeError: the length is no multiple of 22, or a part is no base64.
+        DecodeError: the length is not a multiple of 22, or a part is not base64.
     """
     if len(payload) % ENCODED_ID_CHARS:
-        raise DecodeError(f"a payload of {len(payload)} characters is no whole number of {ENCODED_ID_CHARS}")
+        raise DecodeError(f"a payload of {len(payload)} characters is not a multiple of {ENCODED_ID_CHARS}")
     parts = (payload[i : i + ENCODED_ID_CHARS] for i in range(0, len(payload), ENCODED_ID_CHARS))
     try:
         return [uuid.UUID(bytes=base64.b64decode(part + "==", validate=True)) for part in parts]
     except (binascii.Error, ValueError) as error:
-        raise DecodeError(f"a part of the payload is no agent id: {error}") from error
+        raise DecodeError(f"a part of the payload is not an agent id: {error}") from error

@@ -1,4 +1,4 @@
-"""A batch: the latest values of one closed window, as columns, with the range of source offsets it stands for."""
+"""A batch: the latest values of one closed window, as columns, with the range of source offsets it covers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH_VERSION: Final = 1
 # Kafka refuses records over 1,048,588 bytes by default; this leaves room for the source, the window and headers.
 MAX_COLUMNS_BYTES: Final = 900_000
 # A character takes at most six bytes of JSON (a control character: \\u001f), and a row 110 besides its texts:
-# the id in quotes, a 17-digit time, separators.
+# the quoted id, a 17-digit time, separators.
 _MAX_JSON_BYTES_PER_CHAR: Final = 6
 _ROW_BYTES: Final = 110
 
@@ -36,12 +36,12 @@ class Row(NamedTuple):
 
     @property
     def collected_at(self) -> datetime:
-        """The time as a datetime; year 1 to 9999, as reports are clamped to them."""
+        """The time as a datetime, within years 1 to 9999, to which reports are clamped."""
         return moment_from_us(self.collected_at_us)
 
 
 class Columns(NamedTuple):
-    """Rows column by column, as unnest takes them; equally long lists."""
+    """Rows column by column, as unnest takes them: lists of equal length."""
 
     agent_ids: list[str]
     keys: list[str]
@@ -54,7 +54,7 @@ class Columns(NamedTuple):
         return self._map(lambda column: column[start:end])
 
     def pick(self, indexes: Sequence[int]) -> Columns:
-        """Return the rows at these indexes, in their order."""
+        """Return the rows at these indexes, in the order of the indexes."""
         return self._map(lambda column: [column[index] for index in indexes])
 
     def extend(self, more: Columns) -> None:
@@ -63,23 +63,23 @@ class Columns(NamedTuple):
             getattr(self, name).extend(getattr(more, name))
 
     def rows(self) -> Iterator[Row]:
-        """Iterate row by row."""
+        """Iterate over the rows."""
         return map(Row, *self)
 
     def _map(self, change: Callable[[list[Any]], list[Any]]) -> Columns:
         return Columns(*(change(getattr(self, name)) for name in self._fields))
 
 
-# What Postgres can store, so that no batch fails before its rows are looked at.
+# Within what Postgres can store, so that a batch can only fail because of its rows.
 _Partition = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _Offset = Annotated[int, msgspec.Meta(ge=0, lt=2**63 - 1)]
 _Name = Annotated[str, msgspec.Meta(pattern=r"\A[^\0]*\Z")]
 
 
 class Source(msgspec.Struct, frozen=True):
-    """The source records a batch stands for: offsets `first` to `last`, both included.
+    """The source records a batch covers: offsets `first` to `last`, both included.
 
-    `topic_id` is Kafka's own id of this incarnation of the topic: offsets mean nothing beyond it.
+    `topic_id` is Kafka's own id of this incarnation of the topic; in another one the offsets mean nothing.
     """
 
     topic: _Name
@@ -121,7 +121,7 @@ class Batch(msgspec.Struct, frozen=True):
 
     @property
     def sampled_time(self) -> float:
-        """When one of the entries was collected, in seconds since the Unix epoch: another one in each batch."""
+        """When one of the entries was collected, in seconds since the Unix epoch; its index varies between batches."""
         return self.collected_at_us[(self.source.last + self.part) % len(self.collected_at_us)] / 1e6
 
     @property
@@ -143,7 +143,7 @@ def decode_batch(raw: bytes | None) -> Batch:
     """Decode one record of the batches topic.
 
     Raises:
-        DecodeError: not a batch of a version this code knows; the message is the reason for the dead letter.
+        DecodeError: not a batch, or of an unknown version; the message is the reason for the dead letter.
     """
     try:
         batch = _decoder.decode(raw)  # type: ignore[arg-type]  # None raises TypeError
@@ -194,17 +194,17 @@ def _parts_by_size(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
 
 
 def merge(batches: Iterable[Batch]) -> Columns:
-    """Merge batches, given in their order in the topic, into one row a pair, sorted by (agent_id, key).
+    """Merge batches, given in topic order, into one row per pair, sorted by (agent_id, key).
 
-    Guarantee: the newest collected_at wins; on equal ones the later arrival (metadatabatcher's rule).
-    Sorted, because that is the order in which rows are locked, and two writers of the same rows must not deadlock.
+    Guarantee: the newest collected_at wins, on equal times the later arrival (metadatabatcher's rule).
+    Sorted, as this is the order in which rows are locked: two writers of the same rows must not deadlock.
     """
     merged = Columns([], [], [], [], [])
     for batch in batches:
         merged.extend(batch.columns)
     pairs = list(zip(merged.agent_ids, merged.keys, strict=True))
     if all(map(operator.lt, pairs, islice(pairs, 1, None))):
-        return merged  # the parts of one window, as mostly: sorted as they come, and each pair once
+        return merged  # the usual case, parts of one window: already sorted, each pair once
     times = merged.collected_at_us
     newest: dict[tuple[str, str], int] = {}
     for index, pair in enumerate(pairs):

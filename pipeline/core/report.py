@@ -11,15 +11,15 @@ import msgspec
 
 from pipeline.errors import DecodeError
 
-# Source of the limits: coder's agent API (coderd/agentapi/metadata.go); all but the last are in bytes of UTF-8.
+# Source of the limits: coder's agent API (coderd/agentapi/metadata.go); all but the last in bytes of UTF-8.
 MAX_VALUE_BYTES: Final = 2048
 MAX_ERROR_BYTES: Final = 2048
 MAX_REPORT_KEYS_BYTES: Final = 6144
 MAX_KEY_CHARS: Final = 127  # the column is varchar(127)
 
-# 0001-01-01T00:00:00Z, the column's default ("never collected") and the earliest time Python and Go can show.
+# 0001-01-01T00:00:00Z: the column's default ("never collected"), and Python's and Go's earliest time.
 MIN_TIMESTAMP_US: Final = -62_135_596_800_000_000
-# Years beyond 9999 can't be read back into a datetime.
+# The end of year 9999, Python's latest datetime.
 MAX_TIMESTAMP_US: Final = 253_402_300_799_999_999
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -27,8 +27,8 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 MAX_KNOWN_AGENTS: Final = 100_000
 BACKSLASH: Final = ord("\\")
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
-# A record this short and without escapes needs no look at its limits: JSON is never shorter than what it encodes,
-# and NUL can't be written without an escape. Only the keys' length in characters is left to check.
+# A record this short and without escapes is within the limits: JSON is never shorter than what it encodes, and NUL
+# can't be written without an escape. Only the keys' length in characters is left to check.
 SHORT_BYTES: Final = min(MAX_VALUE_BYTES, MAX_ERROR_BYTES, MAX_REPORT_KEYS_BYTES)
 
 Timestamp = Annotated[datetime, msgspec.Meta(tz=True)]
@@ -47,7 +47,7 @@ class Entry(msgspec.Struct, gc=False, omit_defaults=True):
 
 
 class Report(msgspec.Struct, gc=False, omit_defaults=True):
-    """What one agent sent at once; without `collected_at` the Kafka record's timestamp counts."""
+    """What one agent sent at once; without a `collected_at` the Kafka record's timestamp counts."""
 
     agent_id: str
     entries: list[Entry]
@@ -62,7 +62,7 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 def timestamp_us(moment: datetime) -> int:
-    """Convert an aware datetime to microseconds since the Unix epoch, exactly, for all of years 1 to 9999."""
+    """Convert an aware datetime to microseconds since the Unix epoch, exactly, clamped to years 1 to 9999."""
     delta = moment - _EPOCH
     exact = (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
     return min(max(exact, MIN_TIMESTAMP_US), MAX_TIMESTAMP_US)
@@ -112,10 +112,10 @@ class AgentIds:
 
 
 def decode_report(raw: bytes | None) -> tuple[Report, str | None]:
-    """Decode one record value; return the report and, if part of it had to be left out, why.
+    """Decode one record value; return the report and, if part of it was left out, the reason.
 
     Lone surrogates and NUL become U+FFFD, which Postgres can store; long values and errors are cut as coder's
-    agent API cuts them. `agent_id` is left as it was written, and keys are not checked one by one.
+    agent API cuts them. `agent_id` keeps its spelling, and single keys are not checked.
 
     Raises:
         DecodeError: not a report; the message is the reason for the dead letter.
@@ -131,23 +131,23 @@ def decode_report(raw: bytes | None) -> tuple[Report, str | None]:
 
 
 def _decode_with_lone_surrogates(raw: bytes, cause: Exception) -> Report:
-    """Give text with lone surrogate escapes a second chance: msgspec refuses it, JSON's grammar does not."""
+    """Decode text with lone surrogate escapes, which msgspec refuses though JSON's grammar allows them."""
     if b"\\u" in raw:
         try:
             text = json.dumps(json.loads(raw), ensure_ascii=False)
             well_formed = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
             return _decoder.decode(well_formed)
         except (ValueError, RecursionError, msgspec.MsgspecError):
-            pass  # the first error says more
+            pass  # the first error is more helpful
     reason = "nested too deeply" if isinstance(cause, RecursionError) else str(cause)
     raise DecodeError(f"not a report: {reason}") from cause
 
 
 def apply_limits(report: Report) -> str | None:
-    """Bring a report within the limits in place, as coder's agent API does; say what was left out, if anything.
+    """Bring a report within the limits in place, as coder's agent API does; return what was left out, if anything.
 
-    Values and errors are cut, which their `error` says. Entries from the one on whose key takes the sum of all
-    keys over its limit are left out.
+    Values and errors are cut, and their `error` says so. From the entry whose key takes the sum of all keys over its
+    limit, all entries are left out.
     """
     total = 0
     for index, entry in enumerate(report.entries):
@@ -164,8 +164,8 @@ def apply_limits(report: Report) -> str | None:
 def limit_value(value: str, error: str) -> tuple[str, str]:
     """Return value and error within their limits, storable by Postgres.
 
-    Guarantee: a value is cut at a character boundary, so up to three bytes shorter than the limit.
-    Source: the texts are coder's (coderd/agentapi/metadata.go): its dashboards show them.
+    Guarantee: a value is cut at a character boundary, at most three bytes below the limit.
+    Source: the error texts are coder's (coderd/agentapi/metadata.go); its dashboards show them.
     """
     value, error = _storable(value), _storable(error)
     value_bytes, error_bytes = _utf8_length(value), _utf8_length(error)
@@ -178,7 +178,7 @@ def limit_value(value: str, error: str) -> tuple[str, str]:
 
 
 def key_problem(key: str) -> str | None:
-    """Say why the table can't hold this key, or None if it can."""
+    """Return why the table can't hold this key, or None."""
     if len(key) > MAX_KEY_CHARS:
         return f"key of {len(key)} characters exceeds {MAX_KEY_CHARS}: {key[:32]!r}..."
     return None

@@ -1,4 +1,4 @@
-"""The open window of one source partition: the latest value per (agent_id, key), folded record by record."""
+"""The window of one source partition: the latest entry per (agent_id, key), folded record by record."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from pipeline.core.report import (
 )
 from pipeline.errors import DecodeError
 
-# What sends a record from the fast path to the careful one: it can't be used, or its agent is not known yet.
+# What sends a record from the fast path to the careful one: it can't be used, or its agent is new.
 _UNCOMMON: Final = (*PARSE_ERRORS, KeyError, DecodeError)
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
-# Rejected records are kept whole until they are dead-lettered; the events topic's largest default record is as large.
+# Rejected records stay in memory until they are dead-lettered. Source: the size of the largest record in the events
+# topic by default.
 MAX_REJECTED_BYTES: Final = 1_000_000
 
 RejectedKind = Literal["undecodable", "over_limit"]
 
 
 class Rejected(NamedTuple):
-    """A record, or entries of it, that can't be used; to be dead-lettered with the reason, which is of one kind."""
+    """A record to dead-letter, as all or some of its entries can't be used."""
 
     record: Record
     reason: str
@@ -42,12 +43,12 @@ class Rejected(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many bytes its value takes."""
+        """Bytes of its value."""
         return len(self.record.value or b"")
 
 
 class ClosedWindow(NamedTuple):
-    """All of a partition's data between two closes; `first` to `last` is the range of source offsets it holds.
+    """A partition's data between two closes; `first` to `last` are its source offsets, both included.
 
     Units: `start` and `end` in seconds since the Unix epoch.
     """
@@ -64,15 +65,15 @@ class ClosedWindow(NamedTuple):
 
     @property
     def is_heavy(self) -> bool:
-        """Tell whether rejected records take so much memory that they should be gone before more is taken."""
+        """Tell whether its rejected records should be written and freed before more records are folded."""
         return sum(rejected.size for rejected in self.rejected) >= MAX_REJECTED_BYTES
 
 
 class OpenWindow:
     """Folds records of one partition, in offset order, keeping the latest entry per (agent_id, key).
 
-    Guarantee: deterministic; reads no clock. An entry replaces the held one unless it is strictly older, so on
-    equal collected_at the later offset wins (metadatabatcher's rule). A report is never split over two windows.
+    Guarantee: deterministic; reads no clock. An entry replaces the previous one unless it is strictly older, so on
+    equal collected_at the later offset wins (metadatabatcher's rule). A report is never split between two windows.
     """
 
     def __init__(
@@ -94,19 +95,18 @@ class OpenWindow:
 
     @property
     def is_full(self) -> bool:
-        """Tell whether the window holds its capacity of unique pairs and must be closed before it takes more.
+        """Tell whether the window has reached its capacity of unique pairs and must be closed before it takes more.
 
-        A rejected record counts as a pair: it is kept too, until it is dead-lettered. MAX_REJECTED_BYTES of them
-        fill any window.
+        A rejected record counts as a pair, as it stays in memory too. MAX_REJECTED_BYTES of them fill any window.
         """
         return self.pairs >= self._pairs_allowed
 
     def get(self, agent_id: str, key: str) -> tuple[datetime, Entry] | None:
-        """Return (collected_at, entry) of a pair, or None if this window has none."""
+        """Return (collected_at, entry) of a pair, or None."""
         return self._agents.get(agent_id, {}).get(key)
 
     def pairs_held(self) -> Iterator[tuple[str, str]]:
-        """Iterate the (agent_id, key) pairs of this window."""
+        """Iterate over the (agent_id, key) pairs."""
         for agent_id, held_by_key in self._agents.items():
             for key in held_by_key:
                 yield agent_id, key
@@ -172,23 +172,23 @@ class OpenWindow:
         return index
 
     def drop_rejected(self) -> int:
-        """Forget the records that can't be used and return how many there were; for readers that only count them."""
+        """Forget the rejected records and return how many there were, for readers that only count them."""
         count = len(self.rejected)
         self.rejected.clear()
         self._rejected_bytes = 0
         return count
 
-    def retain(self, is_wanted: Callable[[str, str], bool]) -> None:
-        """Forget all pairs but the wanted ones, told by (agent_id, key); for readers of a part."""
+    def retain(self, keep: Callable[[str, str], bool]) -> None:
+        """Forget every pair but those that `keep(agent_id, key)` accepts, for readers of a part."""
         kept = {
-            agent_id: {key: held for key, held in held_by_key.items() if is_wanted(agent_id, key)}
+            agent_id: {key: held for key, held in held_by_key.items() if keep(agent_id, key)}
             for agent_id, held_by_key in self._agents.items()
         }
         self._agents = {agent_id: held_by_key for agent_id, held_by_key in kept.items() if held_by_key}
         self.pairs = sum(map(len, self._agents.values()))
 
     def close(self, reason: Reason, end: float) -> ClosedWindow:
-        """Hand out all that was folded; rows sorted by (agent_id, key), as the sink needs them."""
+        """Return all that was folded, with rows sorted by (agent_id, key), as the sink needs them."""
         rows = [
             Row(agent_id, key, entry.value, entry.error, timestamp_us(at))
             for agent_id, held_by_key in sorted(self._agents.items())
@@ -202,16 +202,16 @@ class OpenWindow:
         return 0 if self._rejected_bytes >= MAX_REJECTED_BYTES else self._capacity - len(self.rejected)
 
     def _reject(self, record: Record, reason: str, kind: RejectedKind) -> int:
-        """Keep a record for the dead-letter topic; return how many pairs the window may hold now."""
+        """Keep a record for the dead-letter topic; return how many pairs the window may now have."""
         rejected = Rejected(record, reason, kind)
         self.rejected.append(rejected)
         self._rejected_bytes += rejected.size
         return self._pairs_allowed
 
     def _certainly_believed(self, record: Record) -> datetime:
-        """Return up to which time, not included, an agent is believed without a look at each record's own timestamp.
+        """Return the time before which an agent's clock is believed without checking each record's own timestamp.
 
-        Records of one fold are of one record batch, so that with LogAppendTime all have the same.
+        With LogAppendTime all records of a record batch, hence of one fold, have the same timestamp.
         """
         if record.timestamp_type == LOG_APPEND_TIME:
             with contextlib.suppress(DecodeError):
@@ -225,10 +225,10 @@ class OpenWindow:
             return _moment(appended_ms)
 
     def _believe(self, moment: datetime | None, appended_ms: int) -> datetime:
-        """Return an agent's time, unless it has none or is too far ahead of the broker's: then the broker's.
+        """Return an agent's time, or the broker's if the agent gave none or is too far ahead of the broker.
 
         Raises:
-            DecodeError: the record's timestamp is no time to judge by.
+            DecodeError: the record's timestamp can't be used to judge by.
         """
         if moment is not None:
             if moment <= self._latest_believed(appended_ms):
@@ -241,7 +241,7 @@ def _moment(appended_ms: int) -> datetime:
     """Return a record's timestamp as a datetime.
 
     Raises:
-        DecodeError: it is before 1970 (-1 is Kafka's "none") or after 9999.
+        DecodeError: it is before 1970 (-1 means that Kafka has none) or after 9999.
     """
     if 0 <= appended_ms * 1000 <= MAX_TIMESTAMP_US:
         return datetime.fromtimestamp(appended_ms / 1000, UTC)
