@@ -68,12 +68,12 @@ async def test_request_for_what_is_not_there_is_told_so(path, status):
 
 async def test_database_that_is_away_is_a_503_in_one_line():
     async def read(_agent_ids):
-        raise ServiceUnavailable("Postgres is away")
+        raise ServiceUnavailable("Postgres is unavailable")
 
     async with serving() as server:
         server.server._read = read
         status, body, _ = await get(server.url, f"/agents/{A1}/metadata")
-    assert (status, body) == (503, {"detail": "Postgres is away"})
+    assert (status, body) == (503, {"detail": "Postgres is unavailable"})
 
 
 async def test_stream_begins_with_a_snapshot_and_goes_on_with_what_changed():
@@ -205,10 +205,10 @@ async def test_some_agents_are_watched_in_one_stream():
 
 async def test_stream_waits_for_the_first_snapshot_of_the_table():
     async with serving() as server:
-        server.why_not_ready = "Postgres is away"
+        server.why_not_ready = "Postgres is unavailable"
         status, body, response = await get(server.url, f"/agents/{A1}/metadata/watch")
-        assert (status, body, response.headers["Retry-After"]) == (503, {"detail": "Postgres is away"}, "1")
-        assert (await get(server.url, "/ready"))[:2] == (503, "Postgres is away\n")
+        assert (status, body, response.headers["Retry-After"]) == (503, {"detail": "Postgres is unavailable"}, "1")
+        assert (await get(server.url, "/ready"))[:2] == (503, "Postgres is unavailable\n")
         assert (await get(server.url, "/live"))[:2] == (200, "ok\n")
         server.why_not_ready = None
         assert (await get(server.url, "/ready"))[:2] == (200, "ok\n")
