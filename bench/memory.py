@@ -9,25 +9,20 @@ Peaks are the kernel's own (VmHWM), of one process each.
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-import asyncpg
 from confluent_kafka import Consumer, Producer, TopicPartition
 from rich.console import Console
 from rich.table import Table
 
 from bench.harness import agent_ids, conditions, say, write
 from pipeline.core.report import Entry, Report, encode_report
-from pipeline.kafka.topics import create_topics
 from pipeline.local import LocalServices, start_services
-from pipeline.postgres.migrations import migrate
-from pipeline.settings import PREFIX, Settings, load_settings
+from pipeline.local.deployment import Deployment
+from pipeline.settings import Settings
 
 AGENTS, KEYS, ROUNDS, PARTITIONS = 200_000, 10, 5, 8
 PAIRS = AGENTS * KEYS
@@ -70,72 +65,45 @@ def lag(settings: Settings, group: str, topic: str) -> int:
         consumer.close()
 
 
-def run_role(role: str, options: dict[str, Any]) -> dict[str, int]:
+async def run_role(deployment: Deployment, role: str) -> dict[str, int]:
     """Let one process use up its topic; return what it took at its start and at most, in MiB."""
-    settings = load_settings(**options)
+    settings = deployment.settings
     group, topic = {
         "worker": (settings.worker_group, settings.events_topic),
         "sink": (settings.sink_group, settings.batches_topic),
     }[role]
+    process = await deployment.started(role)
+    at_start = memory_mib(process.pid, "VmRSS")
     deadline = time.monotonic() + WAIT_SECONDS
-    with tempfile.NamedTemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", role], env={**os.environ, **environment_of(options)}, stderr=log
-        )
-        try:
-            at_start = 0
-            while not at_start or lag(settings, group, topic) > 0:
-                text = Path(log.name).read_text(encoding="utf-8")
-                assert process.poll() is None, text
-                assert time.monotonic() < deadline, f"the {role} is not done after {WAIT_SECONDS:.0f} s"
-                if not at_start and '"partitions_assigned"' in text:
-                    at_start = memory_mib(process.pid, "VmRSS")
-                time.sleep(0.1)
-            figures = {"at_start_mib": at_start, "peak_mib": memory_mib(process.pid, "VmHWM")}
-            process.terminate()
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
+    while await asyncio.to_thread(lag, settings, group, topic) > 0:
+        assert process.poll() is None, deployment.log(process)
+        assert time.monotonic() < deadline, f"the {role} is not done after {WAIT_SECONDS:.0f} s"
+        await asyncio.sleep(0.1)
+    figures = {"at_start_mib": at_start, "peak_mib": memory_mib(process.pid, "VmHWM")}
+    assert deployment.stop(process) == 0
     say(f"{role}: {figures}")
     return figures
 
 
-def environment_of(options: dict[str, Any]) -> dict[str, str]:
-    unprefixed = {"kafka_bootstrap_servers", "database_url"}
-    return {("" if name in unprefixed else PREFIX) + name.upper(): str(value) for name, value in options.items()}
-
-
-def measure(services: LocalServices) -> dict[str, dict[str, int]]:
-    common = {
-        "kafka_bootstrap_servers": services.bootstrap_servers,
-        "database_url": services.database_url,
-        "partitions": PARTITIONS,
-        "session_timeout_seconds": 30,
-        # Far longer than the run: all pairs are in flight until capacity, or the end of the backlog, closes a window.
-        "window_seconds": 3600,
-        "log_format": "json",
-    }
-    settings = load_settings(**common)
-    create_topics(settings.client_config(), settings.declared_topics())
-    asyncio.run(prepare(services.database_url))
-    produce(settings)
+async def measure(services: LocalServices, folder: Path) -> dict[str, dict[str, int]]:
+    # Windows far longer than the run: all pairs are in flight until capacity, or the end of the backlog, closes them.
+    common = {"partitions": PARTITIONS, "session_timeout_seconds": 30, "window_seconds": 3600, "log_format": "json"}
+    where = (services.bootstrap_servers, services.database_url, folder)
+    default = Deployment(*where, run_id="memory", window_capacity=50_000, **common)
+    # The same events a second time, for a group of its own.
+    all_pairs = Deployment(*where, run_id="memory", window_capacity=PAIRS, consumer_group="all-pairs", **common)
+    await default.prepare()
+    await asyncio.to_thread(produce, default.settings)
     return {
-        "worker, default": run_role("worker", {**common, "window_capacity": 50_000}),
-        "sink, 10,000,000 rows waiting": run_role("sink", common),
-        # The same events a second time, for a group of its own.
-        "worker, all pairs": run_role("worker", {**common, "window_capacity": PAIRS, "consumer_group": "all-pairs"}),
+        "worker, default": await run_role(default, "worker"),
+        "sink, 10,000,000 rows waiting": await run_role(default, "sink"),
+        "worker, all pairs": await run_role(all_pairs, "worker"),
     }
-
-
-async def prepare(url: str) -> None:
-    connection = await asyncpg.connect(url)
-    await migrate(connection)
-    await connection.close()
 
 
 def main() -> None:
-    with start_services("packages", say=say) as services:
-        figures = measure(services)
+    with tempfile.TemporaryDirectory() as folder, start_services("packages", say=say) as services:
+        figures = asyncio.run(measure(services, Path(folder)))
         versions = f"{services.broker}; {services.database}"
     table = Table("process", "at start, MiB", "peak, MiB", title="memory")
     for process, mib in figures.items():
