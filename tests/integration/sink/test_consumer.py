@@ -168,7 +168,7 @@ async def test_recreated_topic_ends_the_consumer_before_it_delivers_any_of_it(de
 
 
 @pytest.mark.services
-async def test_member_without_partitions_is_in_its_group_and_one_that_kafka_does_not_know_is_not(deploy):
+async def test_member_without_partitions_is_in_its_group_and_one_unknown_to_kafka_is_not(deploy):
     settings = (await deploy(partitions=1)).settings
     readers = [Reader(), Reader()]
     async with readers[0].consuming(settings) as one, readers[1].consuming(settings) as other:
