@@ -79,8 +79,8 @@ def ours(topic: str, servers: str, entries: int, entries_a_report: int, batches:
 
     from pipeline.clock import SystemClock
     from pipeline.kafka.dead_letters import DeadLetterWriter
-    from pipeline.kafka.incarnation import Incarnation
     from pipeline.kafka.publisher import Publisher
+    from pipeline.kafka.topics import Incarnation
     from pipeline.monitoring.metrics import WorkerMetrics
     from pipeline.roles.process import tune_garbage_collector
     from pipeline.settings import Settings

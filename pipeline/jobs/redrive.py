@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from pipeline.core.dead_letter import REDRIVES_HEADER, DeadLetter, restore
 from pipeline.core.report import Report, encode_report
-from pipeline.errors import DecodeError, PipelineError, TopicMismatch
+from pipeline.errors import ANSWER_SECONDS, DecodeError, PipelineError, TopicMismatch
 from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.publisher import Publisher
 from pipeline.kafka.range_reader import RangeReader
@@ -19,7 +19,6 @@ from pipeline.settings import Settings
 
 # Reports that may wait for Kafka's acknowledgement at once.
 _MAX_UNACKNOWLEDGED: Final = 1000
-_ANSWER_SECONDS: Final = 10.0
 _FLUSH_SECONDS: Final = 15.0
 
 Progress = Callable[[int, int], None]
@@ -70,7 +69,7 @@ def dead_letters(
     """
     topic = settings.dead_letter_topic
     with KafkaAdmin(settings.client_config()) as admin:
-        partitions = admin.cluster(_ANSWER_SECONDS).partitions.get(topic)
+        partitions = admin.cluster(ANSWER_SECONDS).partitions.get(topic)
     if partitions is None:
         raise TopicMismatch(f"the cluster lacks {topic}: run `agent-metadata topics create`")
     reader = RangeReader(settings.client_config(), topic)

@@ -13,7 +13,7 @@ import msgspec
 from asyncpg import Connection
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.errors import ServiceUnavailable
+from pipeline.errors import ANSWER_SECONDS, ServiceUnavailable
 from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
 from pipeline.kafka.topics import TopicFacts, require_topics
@@ -21,7 +21,6 @@ from pipeline.postgres.errors import translated_errors
 from pipeline.postgres.store import epoch_is_over, statement
 from pipeline.settings import Settings
 
-_ANSWER_SECONDS: Final = 10.0
 # The table is counted by a full scan, which must not delay the rest.
 _TABLE_SECONDS: Final = 10.0
 _SCRAPE_SECONDS: Final = 2.0
@@ -146,7 +145,7 @@ async def gather_status(
 def group_positions(settings: Settings, events: TopicFacts) -> dict[int, int]:
     """Read the worker group's committed offsets in the events topic."""
     with KafkaAdmin(settings.client_config()) as admin:
-        return admin.committed(settings.worker_group, events.name, events.partitions, _ANSWER_SECONDS)
+        return admin.committed(settings.worker_group, events.name, events.partitions, ANSWER_SECONDS)
 
 
 async def _ask_kafka(settings: Settings, topics: Mapping[str, TopicFacts]) -> _Groups:
@@ -154,11 +153,11 @@ async def _ask_kafka(settings: Settings, topics: Mapping[str, TopicFacts]) -> _G
     committed = await asyncio.to_thread(group_positions, settings, topics["events"])
     with KafkaAdmin(settings.client_config()) as admin:
         events, batches, dead_letters = [
-            await admin.offsets(topics[role].name, range(topics[role].partitions), _ANSWER_SECONDS)
+            await admin.offsets(topics[role].name, range(topics[role].partitions), ANSWER_SECONDS)
             for role in ("events", "batches", "dead_letter")
         ]
         workers, sinks = [
-            await asyncio.to_thread(admin.members, group, _ANSWER_SECONDS)
+            await asyncio.to_thread(admin.members, group, ANSWER_SECONDS)
             for group in (settings.worker_group, settings.sink_group)
         ]
     return _Groups(events, batches, dead_letters, committed, workers, sinks)
@@ -181,12 +180,12 @@ def _waited(reader: RangeReader, positions: Mapping[int, int]) -> dict[int, floa
     waited = {}
     for number, at in positions.items():
         reader.open(OffsetRange(number, at, at + 1))
-        deadline = time.monotonic() + _ANSWER_SECONDS
+        deadline = time.monotonic() + ANSWER_SECONDS
         while not reader.is_done:
             for message in reader.read(1):
                 waited[number] = max(0.0, time.time() - message.timestamp()[1] / 1000)
             if time.monotonic() > deadline:
-                raise ServiceUnavailable(f"Kafka did not send a record of {reader.topic} within {_ANSWER_SECONDS:g} s")
+                raise ServiceUnavailable(f"Kafka did not send a record of {reader.topic} within {ANSWER_SECONDS:g} s")
     return waited
 
 

@@ -1,21 +1,24 @@
-"""Topics as code: create what topics/*.toml declares, and report where the cluster differs."""
+"""Topics as code: create what topics/*.toml declares, report where the cluster differs, and notice recreation."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import structlog
 from confluent_kafka.admin import NewTopic
 
 from pipeline.data_files import data_dir
-from pipeline.errors import ANSWER_SECONDS, TopicMismatch
+from pipeline.errors import ANSWER_SECONDS, ServiceUnavailable, TopicMismatch
 from pipeline.kafka.admin import KafkaAdmin, topic_id_by_name
 
+_TOPIC_ID_SECONDS: Final = 8.0
+# Pause before a request that Kafka did not answer is repeated.
+_RETRY_SECONDS: Final = 1.0
 _MIN_ANSWER_SECONDS: Final = 0.1  # librdkafka refuses timeouts below a millisecond
 
 _log = structlog.get_logger(__name__)
@@ -195,6 +198,49 @@ def require_equal_partitions(events: TopicFacts, batches: TopicFacts) -> None:
             f"{events.name} has {events.partitions} partitions and {batches.name} has {batches.partitions}: "
             f"give both the same number (kafka-topics.sh --alter adds partitions)"
         )
+
+
+class Incarnation:
+    """Knows which incarnation of a topic exists now, by Kafka's topic id: a recreated topic has another one.
+
+    `ask` reads the id; it raises ServiceUnavailable if Kafka does not answer.
+    """
+
+    def __init__(self, topic: str, ask: Callable[[], Awaitable[str | None]]) -> None:
+        self._topic = topic
+        self._ask = ask
+        self._asking: asyncio.Task[str | None] | None = None
+        self._next: asyncio.Task[str | None] | None = None
+
+    @classmethod
+    def of(cls, topic: TopicFacts, admin: KafkaAdmin) -> Self:
+        """Make one that asks `admin`, or remembers the id of an embedded broker's topic, as it deletes none."""
+
+        async def ask() -> str | None:
+            return topic.topic_id if topic.is_embedded else await admin.topic_id(topic.name, _TOPIC_ID_SECONDS)
+
+        return cls(topic.name, ask)
+
+    async def topic_id(self) -> str | None:
+        """Return the topic's id now, waiting while Kafka is unavailable; None: there is no such topic.
+
+        Guarantee: Kafka is asked after this call began. So what was read before it is of the incarnation in the answer,
+        or of an earlier one. Concurrent calls share the next request.
+        """
+        if self._next is None:
+            self._next = asyncio.create_task(self._ask_after(self._asking))
+        return await asyncio.shield(self._next)
+
+    async def _ask_after(self, asking: asyncio.Task[str | None] | None) -> str | None:
+        if asking is not None:
+            await asyncio.wait([asking])
+        self._asking, self._next = self._next, None
+        while True:
+            try:
+                return await self._ask()
+            except ServiceUnavailable as error:
+                _log.warning("waiting_for_topic_id", topic=self._topic, error=str(error))
+                await asyncio.sleep(_RETRY_SECONDS)
 
 
 def _new_topic(spec: TopicSpec) -> NewTopic:

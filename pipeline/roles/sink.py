@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry
 from pipeline.errors import PipelineError
 from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.dead_letters import DeadLetterWriter
-from pipeline.kafka.incarnation import Incarnation
 from pipeline.kafka.publisher import Publisher
+from pipeline.kafka.topics import Incarnation
 from pipeline.monitoring.health import Heartbeat, Outage, exit_when_stuck, serve_health
 from pipeline.monitoring.lag import LagWatch
 from pipeline.monitoring.metrics import SinkMetrics

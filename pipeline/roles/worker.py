@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry
 from pipeline.clock import SystemClock
 from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.dead_letters import DeadLetterWriter
-from pipeline.kafka.incarnation import Incarnation
 from pipeline.kafka.publisher import Publisher
+from pipeline.kafka.topics import Incarnation
 from pipeline.monitoring.health import Heartbeat, exit_when_stuck, serve_health
 from pipeline.monitoring.metrics import WorkerMetrics
 from pipeline.roles.process import on_stop_signals, tune_garbage_collector

@@ -9,8 +9,7 @@ from typing import Final
 import structlog
 
 from pipeline.errors import ServiceUnavailable, TopicMismatch
-from pipeline.kafka.incarnation import Incarnation
-from pipeline.kafka.topics import TopicFacts, require_topics
+from pipeline.kafka.topics import Incarnation, TopicFacts, require_topics
 from pipeline.postgres.store import Applied, PartitionId, Received, Reject, Store
 from pipeline.settings import Settings
 

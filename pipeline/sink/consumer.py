@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import structlog
-from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import KafkaException, Message, TopicPartition
 
-from pipeline.errors import ServiceUnavailable
+from pipeline.errors import ANSWER_SECONDS, ServiceUnavailable
+from pipeline.kafka.errors import log_unavailable
 from pipeline.monitoring.lag import Position
 from pipeline.sink.consumer_thread import (
     MAX_BUFFERED_BYTES,
@@ -22,8 +23,6 @@ from pipeline.sink.consumer_thread import (
     Locate,
     Revoked,
 )
-
-_QUERY_SECONDS: Final = 10.0
 
 _log = structlog.get_logger(__name__)
 
@@ -63,7 +62,7 @@ class BatchConsumer:
                 "heartbeat.interval.ms": round(session_timeout_seconds * 1000 / 3),
                 "fetch.wait.max.ms": 50,
                 "queued.max.messages.kbytes": MAX_BUFFERED_BYTES // 1024,
-                "error_cb": _log_error,
+                "error_cb": log_unavailable,
             },
             topic=topic,
             locate=locate,
@@ -154,11 +153,11 @@ class BatchConsumer:
     async def _watermarks(self, partition: int) -> tuple[int, int]:
         where = TopicPartition(self._topic, partition)
         try:
-            marks = await self._thread.call(lambda consumer: consumer.get_watermark_offsets(where, _QUERY_SECONDS))
+            marks = await self._thread.call(lambda consumer: consumer.get_watermark_offsets(where, ANSWER_SECONDS))
         except KafkaException as error:
             raise ServiceUnavailable(f"Kafka did not say its offsets: {error}") from error
         if marks is None:
-            raise ServiceUnavailable(f"Kafka did not say its offsets within {_QUERY_SECONDS} s")
+            raise ServiceUnavailable(f"Kafka did not say its offsets within {ANSWER_SECONDS:g} s")
         return int(marks[0]), int(marks[1])
 
     def _on_event(self, event: Event) -> None:
@@ -184,7 +183,3 @@ class BatchConsumer:
 def buffered_bytes(messages: Iterable[Message]) -> int:
     """Return how much of the consumer's buffer records take."""
     return sum(len(message.value() or b"") for message in messages)
-
-
-def _log_error(error: KafkaError) -> None:
-    _log.warning("kafka_unavailable", error=error.str())

@@ -24,8 +24,8 @@ from pipeline.core.window import ClosedWindow
 from pipeline.errors import ConfigError, ServiceUnavailable, TopicMismatch
 from pipeline.kafka.chunks import Chunk
 from pipeline.kafka.dead_letters import DeadLetterWriter
-from pipeline.kafka.incarnation import Incarnation
 from pipeline.kafka.publisher import Publisher
+from pipeline.kafka.topics import Incarnation
 from pipeline.monitoring.lag import Position
 from pipeline.monitoring.metrics import WorkerMetrics
 from pipeline.settings import SHUTDOWN_SECONDS, Settings

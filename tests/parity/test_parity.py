@@ -13,9 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.core.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.kafka.admin import KafkaAdmin
-from pipeline.kafka.incarnation import Incarnation
 from pipeline.kafka.publisher import Publisher
-from pipeline.kafka.topics import load_topic_specs, require_topics
+from pipeline.kafka.topics import Incarnation, load_topic_specs, require_topics
 from pipeline.monitoring.metrics import SinkMetrics, WorkerMetrics
 from pipeline.postgres.store import Store, read_rows
 from pipeline.sink import BatchConsumer, BatchesTopic, Sink

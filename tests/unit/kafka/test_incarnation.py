@@ -3,8 +3,8 @@ import asyncio
 import pytest
 
 from pipeline.errors import ServiceUnavailable
-from pipeline.kafka import incarnation
-from pipeline.kafka.incarnation import Incarnation
+from pipeline.kafka import topics
+from pipeline.kafka.topics import Incarnation
 
 
 class Kafka:
@@ -51,7 +51,7 @@ async def test_topic_that_is_not_there_has_no_id():
 
 
 async def test_absence_of_kafka_is_waited_out(monkeypatch):
-    monkeypatch.setattr(incarnation, "_RETRY_SECONDS", 0)
+    monkeypatch.setattr(topics, "_RETRY_SECONDS", 0)
     kafka = Kafka()
     for answer in (ServiceUnavailable("away"), ServiceUnavailable("away"), "id"):
         kafka.answers.put_nowait(answer)
