@@ -173,7 +173,8 @@ def secret_text(secret: SecretStr | None) -> str:
 def _refuse_useless(values: _Values, where: str) -> None:
     for variable, value in values.items():
         if value:
-            shown = "" if isinstance(value, SecretStr) else f"={value}"
+            may_be_secret = isinstance(value, SecretStr) or variable == _TOKEN_URL  # a URL may hold a password
+            shown = "" if may_be_secret else f"={value}"
             raise ValueError(f"{variable}{shown} has no use {where} unset it")
 
 

@@ -80,6 +80,11 @@ def without(settings, name):
             "AGENT_METADATA_KAFKA_SASL_OAUTH_TOKEN_URL holds a user or a password",
             "use AGENT_METADATA_KAFKA_SASL_OAUTH_CLIENT_ID",
         ),
+        (
+            {"sasl_oauth_token_url": f"https://u:{PASSWORD}@sso/token"},
+            f"AGENT_METADATA_KAFKA_SASL_OAUTH_TOKEN_URL has no use beside {PROTOCOL}=PLAINTEXT",
+            "unset it",
+        ),
         ({"ssl_cafile": "ca.pem"}, "AGENT_METADATA_KAFKA_SSL_CAFILE=ca.pem has no use", "set that to SSL or SASL_SSL"),
         (
             {"security_protocol": "SSL", "ssl_cafile": "none.pem"},
