@@ -1,4 +1,4 @@
-"""Prometheus metrics, on a registry that the caller brings."""
+"""Prometheus metrics, on a registry that the caller provides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from pipeline.monitoring.lag import Lag
 
 PREFIX: Final = "agent_metadata_"
-# With it, metadatabatcher's seven metrics bear coder's own names.
+# With this prefix metadatabatcher's seven metrics have coder's own names.
 CODER_PREFIX: Final = "coderd_agentapi_metadata_"
 # Source of the buckets: coder's metadatabatcher, so that its dashboards fit; names differ in the prefix only.
 UTILIZATION_BUCKETS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 40, 80, 160)
@@ -22,18 +22,18 @@ FLUSH_SECONDS_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 # From a window of a tenth of a second to an outage of an hour.
 FRESHNESS_SECONDS_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 7.5, 10, 15, 30, 60, 300, 900, 3600)
 
-# The hops of an entry, in their order, each at the place that can tell its time.
+# The hops of an entry, in order; each is observed where its time is known.
 Hop = Literal["produced", "window_closed", "committed", "notified", "sent"]
 
 
 class Freshness:
-    """How old entries are at a hop; a process registers it once, whatever hops it sees."""
+    """How old entries are at each hop; registered once per process, whatever hops it sees."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._histogram = Histogram(
             f"{PREFIX}freshness_seconds",
             "Seconds since an entry was collected, when it reached a hop: produced (Kafka's timestamp of the record), "
-            "window_closed, committed (the row is written), notified (a listener is told), sent (to a client of "
+            "window_closed, committed (the row is written), notified (a listener was notified), sent (to a client of "
             "`serve`). Sampled: one report a chunk, one entry a batch, one row a notification or event.",
             ["hop"],
             buckets=FRESHNESS_SECONDS_BUCKETS,
@@ -41,12 +41,12 @@ class Freshness:
         )
 
     def observe(self, hop: Hop, *, collected_at: float, at: float) -> None:
-        """Note one entry; both times in seconds since the Unix epoch. An agent's clock that is ahead counts as 0."""
+        """Record one entry; both times in seconds since the Unix epoch. If the agent's clock is ahead, its age is 0."""
         self._histogram.labels(hop).observe(max(0.0, at - collected_at))
 
 
 class PartitionGauges(Collector):
-    """A gauge with a value for each partition that is there when it is scraped, and for no other."""
+    """A gauge with a value for each partition that exists at the time of the scrape, and for no other."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class PartitionGauges(Collector):
 
 
 class ConsumerMetrics:
-    """What worker and sink tell alike of the topic they consume: lag, and since when a service is away."""
+    """What worker and sink both report: the lag of the topic they consume, and how long services are unavailable."""
 
     def __init__(self, registry: CollectorRegistry, topic: str, now: Callable[[], float] = time.time) -> None:
         # Replaced as a whole: a scrape, which has a thread of its own, sees one look or the next.
@@ -90,7 +90,7 @@ class ConsumerMetrics:
         )
         PartitionGauges(
             "lag_age_seconds",
-            "How long the oldest of these records has been in Kafka, to some seconds; 0 if there is none.",
+            "How long the oldest of these records has been in Kafka, to within seconds; 0 if there is none.",
             lambda: {
                 partition: max(0.0, now() - lag.since) if lag.records else 0.0 for partition, lag in self.lags.items()
             },
@@ -99,20 +99,20 @@ class ConsumerMetrics:
         )
         self.outage_seconds = Gauge(
             f"{PREFIX}outage_seconds",
-            "How long a service has been away, or has refused what it was given; 0 = not at all.",
+            "How long a service has been unavailable, or has refused what it was sent; 0 = not at all.",
             ["service"],
             registry=registry,
         )
 
     def show_lags(self, lags: Mapping[int, Lag]) -> None:
-        """Show these from the next scrape on."""
+        """Show these lags from the next scrape on."""
         self.lags = lags
 
 
 class Metrics:
     """metadatabatcher's seven metrics, with its buckets and labels; registered nowhere yet.
 
-    `prefix` is PREFIX, or CODER_PREFIX for coder's own names. A sink fills all but `dropped_keys`, which is a
+    `prefix` is PREFIX, or CODER_PREFIX for coder's own names. A sink fills all but `dropped_keys`, which is the
     producer's: what has reached Kafka is not dropped.
     """
 
@@ -142,12 +142,12 @@ class Metrics:
         self.flushed = Counter(f"{prefix}flushed", "Entries of applied batches.", registry=None)
         self.publish_errors = Counter(
             f"{prefix}publish_errors",
-            "NOTIFY payloads of transactions that failed; they were sent again when these were tried again.",
+            "NOTIFY payloads of transactions that failed; they were sent again when the transaction was retried.",
             registry=None,
         )
 
     def collectors(self) -> list[Collector]:
-        """Return the seven, to be registered."""
+        """Return the seven metrics, to be registered."""
         return [
             self.batch_utilization,
             self.batch_size,
@@ -185,7 +185,7 @@ class WorkerMetrics:
         )
         self.clamped_clocks = Counter(
             "agent_metadata_clamped_clocks",
-            "Times set back because they were too far ahead of the broker's.",
+            "Times set back because they were too far ahead of the broker's clock.",
             registry=registry,
         )
         self.lost_records = Counter(
@@ -195,7 +195,7 @@ class WorkerMetrics:
         )
         self.unacknowledged_seconds = Gauge(
             "agent_metadata_unacknowledged_seconds",
-            "How long the oldest closed window has waited for Kafka to acknowledge it; 0 = none waits.",
+            "How long the oldest closed window has waited for Kafka to acknowledge it; 0 = none is waiting.",
             registry=registry,
         )
         self._open_pairs: Mapping[int, int] = {}
@@ -204,7 +204,7 @@ class WorkerMetrics:
         )
 
     def show_open_pairs(self, pairs: Mapping[int, int]) -> None:
-        """Show these from the next scrape on, for the partitions this worker owns now and for no others."""
+        """Show these numbers from the next scrape on, for the partitions this worker owns now and for no others."""
         self._open_pairs = pairs
 
 
@@ -218,22 +218,22 @@ class SinkMetrics(Metrics):
         self.consumer = ConsumerMetrics(registry, topic)
         self.freshness = Freshness(registry)
         self.skipped_batches = Counter(
-            "agent_metadata_skipped_batches", "Batches whose source range was applied already.", registry=registry
+            "agent_metadata_skipped_batches", "Batches whose source range had been applied before.", registry=registry
         )
         self.rows_written = Counter("agent_metadata_rows_written", "Rows that changed.", registry=registry)
         self.notify_payloads = Counter("agent_metadata_notify_payloads", "NOTIFY payloads sent.", registry=registry)
         self.rows_unchanged = Counter(
             "agent_metadata_rows_unchanged",
-            "Rows given that are held already as they are; with UNDECLARED=ignore the undeclared and the stale too.",
+            "Rows of batches that Postgres already had; with UNDECLARED=ignore the undeclared and the stale ones too.",
             registry=registry,
         )
         self.stale_entries = Counter(
             "agent_metadata_stale_entries",
-            "Rows given that were refused because the held one is newer; not told with UNDECLARED=ignore.",
+            "Rows of batches refused because the row in Postgres is newer; not counted with UNDECLARED=ignore.",
             registry=registry,
         )
         self.failed_flushes = Counter(
-            "agent_metadata_failed_flushes", "Transactions that failed and were tried again.", registry=registry
+            "agent_metadata_failed_flushes", "Transactions that failed and were retried.", registry=registry
         )
         self.dead_letters = Counter(
             "agent_metadata_dead_letters", "Records or rows dead-lettered.", ["reason"], registry=registry
@@ -246,7 +246,7 @@ class SinkMetrics(Metrics):
 
 
 class ServeMetrics:
-    """What a serving process counts."""
+    """What a process that serves counts."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.watchers = Gauge("agent_metadata_watchers", "Open event streams.", registry=registry)
@@ -271,16 +271,14 @@ class ListenerMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.freshness = Freshness(registry)
-        self.payloads = Counter(
-            "agent_metadata_listener_payloads", "NOTIFY payloads that were received.", registry=registry
-        )
+        self.payloads = Counter("agent_metadata_listener_payloads", "NOTIFY payloads received.", registry=registry)
         self.ignored_payloads = Counter(
             "agent_metadata_listener_ignored_payloads",
-            "NOTIFY payloads that are no agent ids; another program uses the channel.",
+            "NOTIFY payloads that are not agent ids; another program uses the channel.",
             registry=registry,
         )
         self.cuts = Counter(
             "agent_metadata_listener_cuts",
-            "Connections lost; what was missed is read after the next one is there.",
+            "Connections lost; what was missed is read after reconnecting.",
             registry=registry,
         )

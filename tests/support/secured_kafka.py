@@ -47,14 +47,14 @@ class SecuredKafka:
 
 @dataclass
 class TokenServer:
-    """An OAuth token endpoint; it gives unsecured JWTs, which Kafka takes by default."""
+    """An OAuth token endpoint; it issues unsecured JWTs, which Kafka accepts by default."""
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
 
 
 def pem_files(folder: Path) -> dict[str, Path]:
-    """Make two CAs, and by the first: a certificate of a server, an expired one, one of a client, and the keys."""
+    """Make two CAs, and with the first: a server's certificate, an expired one, a client's, and their keys."""
     ca, other_ca = trustme.CA(), trustme.CA()
     yesterday = datetime.now(UTC) - timedelta(days=1)
     names = ("localhost", "127.0.0.1")
@@ -74,7 +74,7 @@ def pem_files(folder: Path) -> dict[str, Path]:
 
 
 def _pkcs8(certificate: trustme.LeafCert, password: bytes | None = None) -> list[bytes]:
-    """Return the key in the one form that Kafka reads, and the chain."""
+    """Return the key in the only form that Kafka reads, and the certificate chain."""
     key = serialization.load_pem_private_key(certificate.private_key_pem.bytes(), None)
     encryption = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
     text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
@@ -83,7 +83,7 @@ def _pkcs8(certificate: trustme.LeafCert, password: bytes | None = None) -> list
 
 @contextmanager
 def secured_kafka(jars: Sequence[Path], folder: Path, *, has_acls: bool = False) -> Iterator[SecuredKafka]:
-    """Run Kafka; `has_acls`: what no ACL allows is refused, but for who comes by the node's own listener."""
+    """Run Kafka; `has_acls`: what no ACL allows is refused, except on the node's own listener."""
     files = pem_files(folder)
     settings = dict(_AUTHORIZER) if has_acls else {}
     for listener, protocol in LISTENERS.items():
@@ -109,14 +109,14 @@ def secured_kafka(jars: Sequence[Path], folder: Path, *, has_acls: bool = False)
 
 def _create_users(bootstrap_servers: str) -> None:
     admin = AdminClient({"bootstrap.servers": bootstrap_servers})
-    for mechanism in (ScramMechanism.SCRAM_SHA_256, ScramMechanism.SCRAM_SHA_512):  # Kafka takes one a request
+    for mechanism in (ScramMechanism.SCRAM_SHA_256, ScramMechanism.SCRAM_SHA_512):  # Kafka takes one per request
         change = UserScramCredentialUpsertion(USER, ScramCredentialInfo(mechanism, 4096), PASSWORD.encode())
         admin.alter_user_scram_credentials([change])[USER].result(30)
 
 
 @contextmanager
 def token_server(*, life_seconds: float = 300) -> Iterator[TokenServer]:
-    """Serve tokens to who gives CLIENT_SECRET; 401 to others."""
+    """Serve tokens to clients with CLIENT_SECRET, and 401 to others."""
     served: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):

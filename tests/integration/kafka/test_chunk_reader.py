@@ -99,7 +99,7 @@ async def test_range_that_ends_with_transaction_markers_is_at_its_end(bootstrap_
         assert await read_all(reader) == [0, 2]
 
 
-async def test_kafka_that_does_not_answer_is_said(unused_tcp_port):
+async def test_kafka_that_does_not_answer_is_reported(unused_tcp_port):
     reader = ChunkReader([f"127.0.0.1:{unused_tcp_port}"], PLAINTEXT, "events")
     with pytest.raises(ServiceUnavailable, match="can't be read"):
         await reader.start()

@@ -1,4 +1,4 @@
-"""Kafka with ACLs: the rights that README.md names are enough, and who lacks one is told which."""
+"""Kafka with ACLs: the rights that README.md lists suffice, and an error names the one that is missing."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ LACKING = {
 
 
 @pytest.mark.parametrize(("command", "topics", "groups", "words"), LACKING.values(), ids=LACKING)
-async def test_who_lacks_a_right_ends_at_once_with_a_line_that_names_it(two, command, topics, groups, words):
+async def test_missing_right_ends_the_process_at_once_with_a_line_that_names_it(two, command, topics, groups, words):
     if command != ("topics", "create"):
         await two.admin.prepare()
         two.produce()

@@ -145,7 +145,7 @@ def test_delete_of_topics_that_do_not_exist_is_fine(kafka, specs):
     delete_topics(kafka, specs)
 
 
-def test_kafka_away_is_unavailable_within_the_timeout_and_quiet(specs, capfd):
+def test_unreachable_kafka_is_unavailable_within_the_timeout_and_quiet(specs, capfd):
     began = time.monotonic()
     with pytest.raises(ServiceUnavailable, match=r"Kafka at 127\.0\.0\.1:1 can't be reached: .*refused") as caught:
         asyncio.run(require_topics(NOBODY, specs, timeout_s=1))

@@ -12,7 +12,7 @@ QUESTIONS = {
 
 
 def connections(server):
-    """Count who has come so far; they are turned away."""
+    """Count the clients that have connected so far, closing each connection."""
     server.setblocking(False)
     count = 0
     while True:
@@ -24,7 +24,7 @@ def connections(server):
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-async def test_broker_that_says_nothing_is_asked_again_by_a_new_client(question):
+async def test_silent_broker_is_asked_again_by_a_new_client(question):
     with socket.create_server(("127.0.0.1", 0)) as server:  # the kernel accepts, and nobody answers
         admin = KafkaAdmin({"bootstrap.servers": f"127.0.0.1:{server.getsockname()[1]}"})
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""OAuth tokens for aiokafka: fetched as librdkafka fetches them, kept while they are good, refused without a secret."""
+"""OAuth tokens for aiokafka: fetched as librdkafka fetches them, kept while valid; errors show no secret."""
 
 import pytest
 
@@ -36,7 +36,7 @@ async def test_token_that_is_about_to_expire_is_fetched_again():
     assert len(server.requests) == 2
 
 
-async def test_wrong_secret_is_said_without_showing_it():
+async def test_wrong_secret_is_reported_without_showing_it():
     wrong = "-".join(("wrong", "pony"))
     with token_server() as server, pytest.raises(ServiceUnavailable) as refused:
         await provider(server.url, wrong).token()
@@ -45,6 +45,6 @@ async def test_wrong_secret_is_said_without_showing_it():
     )
 
 
-async def test_token_server_that_is_not_there_is_said():
+async def test_missing_token_server_is_reported():
     with pytest.raises(ServiceUnavailable, match="Connection refused; check AGENT_METADATA_KAFKA_SASL_OAUTH"):
         await provider("http://127.0.0.1:1/token").token()

@@ -8,7 +8,7 @@ from pipeline.kafka.topics import Incarnation
 
 
 class Kafka:
-    """Answers each question once it is told to; counts them."""
+    """Counts questions and answers each when the test says so."""
 
     def __init__(self):
         self.asked = 0
@@ -53,7 +53,7 @@ async def test_topic_that_is_not_there_has_no_id():
 async def test_absence_of_kafka_is_waited_out(monkeypatch):
     monkeypatch.setattr(topics, "_RETRY_SECONDS", 0)
     kafka = Kafka()
-    for answer in (ServiceUnavailable("away"), ServiceUnavailable("away"), "id"):
+    for answer in (ServiceUnavailable("down"), ServiceUnavailable("down"), "id"):
         kafka.answers.put_nowait(answer)
     assert await Incarnation("events", kafka.topic_id).topic_id() == "id"
 

@@ -1,4 +1,4 @@
-"""Kafka's security settings: what can't work together is refused before anything starts, and no secret is shown."""
+"""Kafka's security settings: impossible combinations are refused before anything starts, and no secret is shown."""
 
 import os
 
@@ -103,7 +103,7 @@ def without(settings, name):
         ),
     ],
 )
-def test_what_does_not_fit_together_is_named_with_what_is_allowed(settings, named, advice):
+def test_impossible_combination_is_named_with_what_is_allowed(settings, named, advice):
     message = refusal(**settings)
     assert named in message
     assert advice in message
@@ -129,8 +129,8 @@ def test_file_without_a_certificate_is_named(tmp_path):
 )
 def test_client_certificate_that_can_not_be_used_is_named(pem, files, password, complaint):
     certificate, key = (pem[name] for name in files)
-    said = refusal(security_protocol="SSL", ssl_certfile=certificate, ssl_keyfile=key, ssl_key_password=password)
-    assert complaint in said
+    message = refusal(security_protocol="SSL", ssl_certfile=certificate, ssl_keyfile=key, ssl_key_password=password)
+    assert complaint in message
 
 
 @pytest.mark.parametrize("key", ["client", "encrypted_key"])
