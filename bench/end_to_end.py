@@ -27,7 +27,8 @@ from pipeline.core.report import timestamp_us
 from pipeline.local import start_services
 from pipeline.local.deployment import Deployment
 from pipeline.postgres.migrations import migrate
-from pipeline.postgres.store import ROWS_PER_STATEMENT, statement
+from pipeline.postgres.statements import statement
+from pipeline.postgres.store import ROWS_PER_STATEMENT
 
 ENTRIES = 1_000_000
 RUNS = 5

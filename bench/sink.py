@@ -26,7 +26,7 @@ from pipeline.kafka.topics import require_topics
 from pipeline.local import start_services
 from pipeline.local.deployment import Deployment
 from pipeline.postgres.migrations import migrate
-from pipeline.postgres.store import statement
+from pipeline.postgres.statements import statement
 from pipeline.roles.sink import SINK_CONNECTIONS
 
 AGENTS, KEYS, BATCH_SIZE = 20_000, 10, 500

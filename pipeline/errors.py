@@ -50,7 +50,14 @@ class ServiceUnavailable(PipelineError):
     """Kafka or Postgres is unavailable or busy: keep what you have, wait, try again."""
 
     retriable: ClassVar[bool] = True
-    unpublished: int = 0  # NOTIFY payloads that Postgres accepted before it failed; the next attempt sends them again
+
+
+class FlushFailed(ServiceUnavailable):
+    """A transaction was rolled back, with this number of NOTIFY payloads in it: try again, and they are sent then."""
+
+    def __init__(self, message: str, *, payloads: int) -> None:
+        super().__init__(message)
+        self.payloads = payloads
 
 
 class RowRejected(PipelineError):

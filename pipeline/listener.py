@@ -1,4 +1,4 @@
-"""Listen for changed agents and read their rows: first LISTEN, then a snapshot, then live; anew after each cut."""
+"""MetadataListener: LISTEN, then a snapshot, then changed rows as they are notified; the same again after each cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import asyncpg
 import structlog
@@ -18,13 +18,15 @@ from pipeline.core.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.core.report import timestamp_us
 from pipeline.errors import DecodeError, ServiceUnavailable
 from pipeline.monitoring.metrics import ListenerMetrics
-from pipeline.postgres.errors import NO_ANSWER
+from pipeline.postgres.connections import Connection, connect
+from pipeline.postgres.errors import CONNECTION_ERRORS
+from pipeline.postgres.store import read_rows
 
 _FIRST_BACKOFF_SECONDS: Final = 0.1
 _LONGEST_BACKOFF_SECONDS: Final = 5.0
-# A connection that is cut without a word (a firewall, a pulled cable) is noticed by asking it something.
+# A connection that is cut silently (a firewall, a pulled cable) is noticed by a query that gets no answer.
 _KEEPALIVE_SECONDS: Final = 15.0
-# Without a limit of ours the kernel would repeat what it sends for a quarter of an hour before it says so.
+# Without a limit of ours the kernel would retransmit for a quarter of an hour before it reports an error.
 _ANSWER_SECONDS: Final = 30.0
 
 _log = structlog.get_logger(__name__)
@@ -49,36 +51,41 @@ class MetadataListener:
     """Yields rows as they change, of some agents or of all.
 
     Guarantee: no final value is missed. Subscription comes before the snapshot, and after a cut everything watched
-    is read again; rows already yielded as they are now are not repeated.
+    is read again; a row is not yielded twice with the same contents.
     """
 
     def __init__(
         self,
-        connect: Any,
-        read_rows: Any,
+        database_url: str,
         agent_ids: Iterable[uuid.UUID] | None = None,
         *,
         registry: CollectorRegistry | None = None,
+        url_setting: str = "DATABASE_URL",
     ) -> None:
-        """Make a listener.
+        """Make a listener of some agents, or of all (None); it connects when `changes` is iterated.
 
-        `connect()` returns a new asyncpg connection, `read_rows(connection, agent_ids)` is the store's; `registry`
-        takes its metrics.
+        The URL must lead to Postgres itself, or to a pooler in session mode: in transaction mode LISTEN hears nothing.
+        `registry` takes its metrics; `url_setting` is what errors name instead of the URL.
         """
         self._metrics = ListenerMetrics(registry or CollectorRegistry())
         self.freshness = self._metrics.freshness
-        self._connect = connect
-        self._read_rows = read_rows
-        self._watched = None if agent_ids is None else frozenset(agent_ids)
-        self._seen: dict[tuple[uuid.UUID, str], tuple[str, str, datetime]] = {}
-        self._notified: dict[uuid.UUID, float] = {}
+        self._database_url = database_url
+        self._url_setting = url_setting
+        self._agent_ids = None if agent_ids is None else frozenset(agent_ids)
+        self._yielded: dict[tuple[uuid.UUID, str], tuple[str, str, datetime]] = {}
+        self._notified_at: dict[uuid.UUID, float] = {}  # of agents whose rows are to be read
         self._wake = asyncio.Event()
         self._is_cut = False
         self.is_following = False
         """Whether everything watched was read since the last cut, and changes are heard."""
 
     async def changes(self) -> AsyncIterator[Change]:
-        """Iterate changes until cancelled, reconnecting as often as it takes."""
+        """Iterate changes until cancelled, starting with a snapshot and reconnecting as often as it takes.
+
+        Raises:
+            ConfigError: the URL is malformed, or the database refuses us.
+            SchemaMismatch: the table is missing.
+        """
         while True:
             connection = await self._reconnect()
             try:
@@ -91,30 +98,30 @@ class MetadataListener:
                 self.is_following = False
                 connection.terminate()
 
-    async def _reconnect(self) -> Any:
+    async def _reconnect(self) -> asyncpg.Connection:
         async for attempt in tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(ServiceUnavailable),
             wait=tenacity.wait_random_exponential(_FIRST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS),
         ):
             with attempt:
                 return await self._subscribe()
-        raise AssertionError("unreachable: retried for ever")
+        raise AssertionError("unreachable: retried forever")
 
-    async def _subscribe(self) -> Any:
-        connection = await self._connect()
+    async def _subscribe(self) -> asyncpg.Connection:
+        connection = await connect(self._database_url, self._url_setting)
         self._is_cut = False
-        self._notified.clear()
+        self._notified_at.clear()
         connection.add_termination_listener(self._on_cut)
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 await connection.add_listener(NOTIFY_CHANNEL, self._on_notify)
-        except (asyncpg.PostgresError, *NO_ANSWER) as error:
+        except (asyncpg.PostgresError, *CONNECTION_ERRORS) as error:
             connection.terminate()
             raise ServiceUnavailable(f"LISTEN failed: {error}") from error
         return connection
 
-    async def _follow(self, connection: Any) -> AsyncIterator[Change]:
-        for change in await self._read(connection, self._watched, {}):
+    async def _follow(self, connection: asyncpg.Connection) -> AsyncIterator[Change]:
+        for change in await self._read(connection, self._agent_ids, {}):
             yield change
         self.is_following = True
         while True:
@@ -127,26 +134,25 @@ class MetadataListener:
             if self._is_cut:
                 raise ServiceUnavailable("the connection was closed")
             self._wake.clear()
-            notified, self._notified = self._notified, {}
-            if notified:
-                for change in await self._read(connection, list(notified), notified):
+            notified_at, self._notified_at = self._notified_at, {}
+            if notified_at:
+                for change in await self._read(connection, list(notified_at), notified_at):
                     yield change
 
     async def _read(
-        self, connection: Any, agent_ids: Iterable[uuid.UUID] | None, notified: dict[uuid.UUID, float]
+        self, connection: asyncpg.Connection, agent_ids: Iterable[uuid.UUID] | None, notified_at: dict[uuid.UUID, float]
     ) -> list[Change]:
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                rows = await self._read_rows(connection, None if agent_ids is None else list(agent_ids))
+                rows = await read_rows(connection, None if agent_ids is None else list(agent_ids))
         except TimeoutError:
             raise ServiceUnavailable(f"Postgres did not answer for {_ANSWER_SECONDS:.0f} s") from None
         changes = []
         for row in rows:
-            agent_id, key, value, error, collected_at = row
-            content = (value, error, collected_at)
-            if self._seen.get((agent_id, key)) != content:
-                self._seen[agent_id, key] = content
-                changes.append(Change(agent_id, key, *content, notified.get(agent_id)))
+            pair, contents = row[:2], row[2:]
+            if self._yielded.get(pair) != contents:
+                self._yielded[pair] = contents
+                changes.append(Change(*row, notified_at.get(row.agent_id)))
         self._observe(changes)
         return changes
 
@@ -155,20 +161,20 @@ class MetadataListener:
             collected_at = timestamp_us(changes[-1].collected_at) / 1e6
             self._metrics.freshness.observe("notified", collected_at=collected_at, at=notified_at)
 
-    def _on_notify(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
+    def _on_notify(self, _connection: Connection, _pid: int, _channel: str, payload: object) -> None:
         now = time.time()
         self._metrics.payloads.inc()
         try:
-            agent_ids = decode_agent_ids(payload)
+            agent_ids = decode_agent_ids(str(payload))
         except DecodeError as error:
             self._metrics.ignored_payloads.inc()
             _log.warning("notify_ignored", error=str(error))
             return
         for agent_id in agent_ids:
-            if self._watched is None or agent_id in self._watched:
-                self._notified[agent_id] = now
+            if self._agent_ids is None or agent_id in self._agent_ids:
+                self._notified_at[agent_id] = now
         self._wake.set()
 
-    def _on_cut(self, _connection: Any) -> None:
+    def _on_cut(self, _connection: Connection) -> None:
         self._is_cut = True
         self._wake.set()

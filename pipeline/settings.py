@@ -155,6 +155,12 @@ class Settings(KafkaSecurity):
         """The sink's consumer group."""
         return f"{self.consumer_group}-sink"
 
+    def listener_url(self) -> tuple[str, str]:
+        """Return the database URL for listeners, and the name of the setting that it comes from."""
+        if self.database_listen_url:
+            return self.database_listen_url.get_secret_value(), "DATABASE_LISTEN_URL"
+        return self.database_url.get_secret_value(), "DATABASE_URL"
+
     @property
     def topic_names(self) -> dict[str, str]:
         """The topics by role, as `topics/` declares them."""

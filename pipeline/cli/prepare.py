@@ -48,7 +48,7 @@ def db_migrate() -> None:
 
 
 async def _migrate(settings: Settings) -> list[str]:
-    async with connected(settings) as connection:
+    async with connected(settings.database_url.get_secret_value()) as connection:
         return await migrate(connection, unlogged=settings.unlogged)
 
 
@@ -67,5 +67,5 @@ def db_status(as_json: JsonOption = False) -> None:
 
 
 async def _migration_status(settings: Settings) -> list[MigrationStatus]:
-    async with connected(settings) as connection:
+    async with connected(settings.database_url.get_secret_value()) as connection:
         return await migration_status(connection)

@@ -129,7 +129,7 @@ class _Run:
     async def run(self, *, rate: float | None, is_notifying: bool) -> None:
         plan = self._plan
         topic = (await require_topics(self._settings.client_config(), self._settings.declared_topics()))[plan.source]
-        async with connected(self._settings) as connection:
+        async with connected(self._settings.database_url.get_secret_value()) as connection:
             await require_schema(connection)
         if plan.topic_id:
             self._require_topic(topic)
@@ -274,7 +274,7 @@ def refill_table(as_json: JsonOption = False) -> None:
 
 
 async def _refill(settings: Settings) -> Summary | None:
-    async with connected(settings) as connection:
+    async with connected(settings.database_url.get_secret_value()) as connection:
         await require_schema(connection)
 
     tune_garbage_collector()

@@ -66,7 +66,7 @@ def status(
 async def _status(
     settings: Settings, max_lag: float, stale_after: float, metrics: list[str]
 ) -> tuple[Status, list[str]]:
-    async with connected(settings) as connection:
+    async with connected(settings.database_url.get_secret_value()) as connection:
         await require_schema(connection)
         found = await gather_status(settings, connection, stale_after_seconds=stale_after, metrics_urls=metrics)
     return found, found.problems(worker_may_lag_seconds=settings.window_seconds + max_lag, sink_may_lag_seconds=max_lag)
@@ -146,7 +146,7 @@ def why(
 
 
 async def _trace(settings: Settings, agent_id: str, key: str) -> Trace:
-    async with connected(settings) as connection:
+    async with connected(settings.database_url.get_secret_value()) as connection:
         await require_schema(connection)
         columns = (TextColumn("searching: {task.completed:,.0f} records, {task.speed:,.0f}/s"),)
         with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
@@ -194,7 +194,7 @@ def shadow_diff_command(
     settings = command_settings()
 
     async def job() -> ShadowDiff:
-        async with connected(settings) as connection:
+        async with connected(settings.database_url.get_secret_value()) as connection:
             return await shadow_diff(connection, live_schema=live, settle_seconds=settle)
 
     found = run_job(job())

@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.cli.console import CommandGroup, JsonOption, canonical_agents, command_settings, printable, run_job
-from pipeline.listener import Change
-from pipeline.postgres.connections import listener, require_sessions
+from pipeline.listener import Change, MetadataListener
+from pipeline.postgres.connections import require_sessions
 from pipeline.settings import Settings
 
 _MOST_ROWS: Final = 40
@@ -40,8 +40,9 @@ def watch(
 
 
 async def _watch(settings: Settings, watched: list[uuid.UUID] | None, show: Callable[[Change], None]) -> None:
-    await require_sessions(settings)  # at the start it is an error that Postgres can't be reached, later an outage
-    async for change in listener(settings, watched).changes():
+    url, url_setting = settings.listener_url()
+    await require_sessions(url, url_setting)  # at the start an unreachable Postgres is an error, later an outage
+    async for change in MetadataListener(url, watched, url_setting=url_setting).changes():
         show(change)
 
 

@@ -10,7 +10,7 @@ from asyncpg import Connection
 
 from pipeline.errors import ConfigError, SchemaMismatch
 from pipeline.postgres.errors import translated_errors
-from pipeline.postgres.store import statement
+from pipeline.postgres.statements import fetch_one, statement
 
 _MAX_PAIRS: Final = 20
 _COMPARE_SECONDS: Final = 60.0
@@ -40,7 +40,7 @@ async def shadow_diff(connection: Connection, *, live_schema: str, settle_second
         ServiceUnavailable: Postgres did not answer.
     """
     async with translated_errors("comparing tables"):
-        tables = await connection.fetchrow(statement("shadow_tables"), live_schema)
+        tables = await fetch_one(connection, statement("shadow_tables"), live_schema)
         if tables["shadow"] is None:
             raise SchemaMismatch("there is no shadow table: run `agent-metadata db migrate` with the same DATABASE_URL")
         if tables["live"] is None:
@@ -50,5 +50,5 @@ async def shadow_diff(connection: Connection, *, live_schema: str, settle_second
                 f"DATABASE_URL leads to the table of {live_schema} itself: add search_path=shadow to it, see README.md"
             )
         query = statement("shadow_diff").replace("live_schema.", f"{tables['live_schema']}.")
-        row = await connection.fetchrow(query, settle_seconds, _MAX_PAIRS, timeout=_COMPARE_SECONDS)
+        row = await fetch_one(connection, query, settle_seconds, _MAX_PAIRS, timeout_seconds=_COMPARE_SECONDS)
     return ShadowDiff(**{**row, "pairs": json.loads(row["pairs"])})

@@ -17,8 +17,9 @@ from pipeline.errors import ANSWER_SECONDS, ServiceUnavailable
 from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
 from pipeline.kafka.topics import TopicFacts, require_topics
+from pipeline.postgres.epoch import is_over
 from pipeline.postgres.errors import translated_errors
-from pipeline.postgres.store import epoch_is_over, statement
+from pipeline.postgres.statements import fetch_one, statement
 from pipeline.settings import Settings
 
 # The table is counted by a full scan, which must not delay the rest.
@@ -113,7 +114,7 @@ async def gather_status(
     topics = await require_topics(settings.client_config(), settings.declared_topics())
     async with translated_errors("reading progress"):
         rows = await connection.fetch(statement("status_progress"), topics["batches"].topic_id)
-        epoch = await connection.fetchrow(statement("read_epoch"))
+        epoch = await fetch_one(connection, statement("read_epoch"))
     applied = {row["partition"]: row for row in rows}
     groups = await _ask_kafka(settings, topics)
     worker = await _lags(settings, topics["events"], groups.committed, groups.events)
@@ -135,7 +136,7 @@ async def gather_status(
         ],
         dead_letters=sum(high - low for low, high in groups.dead_letters.values()),
         table=await _table(connection, stale_after_seconds),
-        is_table_emptied=epoch_is_over(epoch),
+        is_table_emptied=is_over(epoch),
         outage_seconds=max(
             (value for name, _, value in samples if name == "agent_metadata_outage_seconds"), default=None
         ),
@@ -192,7 +193,9 @@ def _waited(reader: RangeReader, positions: Mapping[int, int]) -> dict[int, floa
 async def _table(connection: Connection, stale_after_seconds: float) -> TableStatus | None:
     async with translated_errors("counting rows"):
         try:
-            row = await connection.fetchrow(statement("status_table"), stale_after_seconds, timeout=_TABLE_SECONDS)
+            row = await fetch_one(
+                connection, statement("status_table"), stale_after_seconds, timeout_seconds=_TABLE_SECONDS
+            )
         except TimeoutError:
             return None
     return TableStatus(row["rows"], row["agents"], row["stale_agents"])

@@ -22,7 +22,7 @@ from pipeline.kafka.range_reader import OffsetRange, RangeReader
 from pipeline.kafka.records import as_record, dead_letter_of
 from pipeline.kafka.topics import TopicFacts, require_topics
 from pipeline.postgres.errors import translated_errors
-from pipeline.postgres.store import statement
+from pipeline.postgres.statements import statement
 from pipeline.settings import Settings
 
 # The search goes back from a partition's end in growing blocks: a live agent's newest report is in the first.

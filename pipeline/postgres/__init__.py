@@ -1,1 +1,1 @@
-"""Every statement's caller; knows no stage and no Settings."""
+"""Every client of Postgres; knows no stage and no Settings."""

@@ -1,31 +1,62 @@
-"""Connections to the database by the settings: for a command, and for a listener."""
+"""Connections to a database, by URL: one or a pool of them, straight to Postgres or through a pooler such as PgBouncer.
+
+A pooler in transaction mode may run each transaction in another server process, which has three consequences. Prepared
+statements don't outlive their transaction, so connections keep none. Session settings and locks would be left to a
+stranger, so those of a write end with its transaction. A listener would hear nothing: `require_sessions` refuses it.
+
+`url_setting` is the setting that a URL comes from: messages name it, and never show the URL, which holds a password.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable
-from typing import Any
-from uuid import UUID
+from collections.abc import AsyncIterator
+from typing import Final, TypeAlias
 
 import asyncpg
-from prometheus_client import CollectorRegistry
+import structlog
+from asyncpg.pool import PoolConnectionProxy
 
 from pipeline.errors import ConfigError
-from pipeline.listener import MetadataListener
 from pipeline.postgres.errors import translated_errors
-from pipeline.postgres.pooling import leads_through_pool, shares_servers
-from pipeline.postgres.store import CONNECT_TIMEOUT_SECONDS, read_rows
-from pipeline.settings import Settings
+
+CONNECT_TIMEOUT_SECONDS: Final = 10.0
+_STATEMENT_CACHE_SIZE: Final = 100  # asyncpg's own default; we have fewer statements
+
+# One of our own, or one lent by a pool.
+Connection: TypeAlias = asyncpg.Connection | PoolConnectionProxy
+
+_log = structlog.get_logger(__name__)
+
+
+async def connect(database_url: str, url_setting: str = "DATABASE_URL") -> asyncpg.Connection:
+    """Open one connection, which works through a pooler too; the caller closes it.
+
+    Raises:
+        ServiceUnavailable: the database can't be reached.
+        ConfigError: it refuses us, or the URL is malformed.
+    """
+    async with translated_errors("connecting", url_setting):
+        try:
+            return await asyncpg.connect(database_url, timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0)
+        except ValueError as error:
+            if isinstance(error, OSError):
+                raise  # about a certificate
+            # Only asyncpg's own words: Python's may quote a part of the password.
+            reason = str(error) if isinstance(error, asyncpg.InterfaceError) else type(error).__name__
+            raise ConfigError(
+                f"{url_setting} is not a Postgres URL (postgresql://user@host:port/database): {reason}"
+            ) from None
 
 
 @contextlib.asynccontextmanager
-async def connected(settings: Settings) -> AsyncIterator[Any]:
-    """Open one connection to the database and one transaction on it, for a command: also through a pool.
+async def connected(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """Open one connection and one transaction on it; commit and close at the end of the block.
 
     Raises:
-        ServiceUnavailable, ConfigError: it can't be reached, or refuses us.
+        ServiceUnavailable, ConfigError: as `connect`; or the commit failed.
     """
-    connection = await connect(settings)
+    connection = await connect(database_url)
     transaction = connection.transaction()
     try:
         async with translated_errors("beginning"):
@@ -34,59 +65,89 @@ async def connected(settings: Settings) -> AsyncIterator[Any]:
         async with translated_errors("committing"):
             await transaction.commit()
     finally:
-        await connection.close()  # which undoes what is not committed
+        await connection.close()  # which rolls back what is not committed
 
 
-async def connect(settings: Settings, *, to_listen: bool = False) -> Any:
-    """Open one connection to the database, by DATABASE_LISTEN_URL if it is to LISTEN; the caller closes it.
-
-    Raises:
-        ServiceUnavailable, ConfigError: it can't be reached, or refuses us, or its URL is none.
-    """
-    variable, url = "DATABASE_URL", settings.database_url
-    if to_listen and settings.database_listen_url:
-        variable, url = "DATABASE_LISTEN_URL", settings.database_listen_url
-    async with translated_errors("connecting", variable):
-        try:
-            return await asyncpg.connect(
-                url.get_secret_value(), timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0
-            )
-        except ValueError as error:
-            if isinstance(error, OSError):
-                raise  # about a certificate
-            # Only asyncpg's own words: Python's may quote a part of the password.
-            said = str(error) if isinstance(error, asyncpg.InterfaceError) else type(error).__name__
-            raise ConfigError(
-                f"{variable} is no URL of a Postgres (postgresql://user@host:port/database): {said}"
-            ) from None
-
-
-async def require_sessions(settings: Settings) -> None:
-    """Check that a listener hears what is notified: not through a pool that lends connections by transaction.
+async def open_pool(
+    database_url: str,
+    *,
+    application_name: str,
+    max_size: int,
+    command_timeout_seconds: float,
+    min_size: int = 1,
+) -> asyncpg.Pool:
+    """Open a pool of connections that keep prepared statements, unless a pooler is in between; the caller closes it.
 
     Raises:
-        ConfigError: it would hear nothing.
-        ServiceUnavailable: the database can't be reached.
+        ServiceUnavailable, ConfigError: as `connect`.
     """
-    async with contextlib.AsyncExitStack() as stack:
-        one = await connect(settings, to_listen=True)
-        stack.push_async_callback(one.close)
-        async with translated_errors("looking for a pool"):
-            if not await leads_through_pool(one):
-                return
-            other = await connect(settings, to_listen=True)
-            stack.push_async_callback(other.close)
-            is_shared = await shares_servers(one, other)
-    if is_shared:
-        variable = "DATABASE_LISTEN_URL" if settings.database_listen_url else "DATABASE_URL"
-        raise ConfigError(
-            f"{variable} leads through a pool that lends connections by transaction, where LISTEN hears nothing: "
-            "set DATABASE_LISTEN_URL to the server itself, or to a pool by sessions"
+    statement_cache_size = await _statement_cache_size(database_url)
+    async with translated_errors("connecting"):
+        return await asyncpg.create_pool(
+            database_url,
+            min_size=min_size,
+            max_size=max_size,
+            timeout=CONNECT_TIMEOUT_SECONDS,
+            command_timeout=command_timeout_seconds,
+            server_settings={"application_name": application_name},
+            statement_cache_size=statement_cache_size,
         )
 
 
-def listener(
-    settings: Settings, agent_ids: Iterable[UUID] | None, registry: CollectorRegistry | None = None
-) -> MetadataListener:
-    """Make a listener of some agents, or of all (None)."""
-    return MetadataListener(lambda: connect(settings, to_listen=True), read_rows, agent_ids, registry=registry)
+async def require_sessions(database_url: str, url_setting: str = "DATABASE_URL") -> None:
+    """Check that LISTEN works: that no pooler in transaction mode is in between.
+
+    Raises:
+        ConfigError: one is, and a listener would hear nothing; or as `connect`.
+        ServiceUnavailable: the database can't be reached.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        one = await connect(database_url, url_setting)
+        stack.push_async_callback(one.close)
+        async with translated_errors("looking for a pooler", url_setting):
+            if not await _is_pooled(one):
+                return
+            other = await connect(database_url, url_setting)
+            stack.push_async_callback(other.close)
+            is_shared = await _share_servers(one, other)
+    if is_shared:
+        raise ConfigError(
+            f"{url_setting} leads through a connection pooler in transaction mode, where LISTEN hears nothing: "
+            "set DATABASE_LISTEN_URL to the server itself, or to a pooler in session mode"
+        )
+
+
+async def _statement_cache_size(database_url: str) -> int:
+    connection = await connect(database_url)
+    try:
+        async with translated_errors("looking for a pooler"):
+            if not await _is_pooled(connection):
+                return _STATEMENT_CACHE_SIZE
+    finally:
+        await connection.close()
+    _log.info("database_is_pooled", consequence="each transaction prepares its statements again")
+    return 0
+
+
+async def _is_pooled(connection: asyncpg.Connection) -> bool:
+    """Tell whether the server process differs from the one that the start of the connection announced.
+
+    A pooler answers the start itself, with a number of its own.
+    """
+    return connection.get_server_pid() != await _server_pid(connection)
+
+
+async def _share_servers(one: asyncpg.Connection, other: asyncpg.Connection) -> bool:
+    """Tell whether two open connections get their server processes by transaction, from one pooler.
+
+    Never true of a pooler in session mode, where each connection keeps a process of its own. Asked in the order one,
+    other, other, one, so that either way of choosing among idle processes shows: last used first, or in turn.
+    """
+    pids = [await _server_pid(connection) for connection in (one, other, other, one)]
+    return pids[0] != pids[3] or pids[1] != pids[2] or pids[0] == pids[1]
+
+
+async def _server_pid(connection: asyncpg.Connection) -> int:
+    async with connection.transaction():  # else a pooler may give a statement's halves to two processes
+        pid: int = await connection.fetchval("select pg_backend_pid()")
+    return pid

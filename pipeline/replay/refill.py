@@ -114,7 +114,7 @@ async def refill(
     async with (
         # One of the connections holds the lock until the block ends, or Postgres crashes.
         replay_store(settings, notify=settings.notify == "on", connections=2) as store,
-        store.refilling() as is_ours,
+        store.epoch.refilling() as is_ours,
     ):
         if not is_ours:
             return None

@@ -14,7 +14,7 @@ from pipeline.core.batch import Columns, Row
 from pipeline.core.record import Record
 from pipeline.kafka.chunk_reader import ChunkReader
 from pipeline.kafka.range_reader import OffsetRange
-from pipeline.postgres.store import Applied
+from pipeline.postgres.store import Written
 from pipeline.replay.folds import Fold
 from pipeline.replay.pace import Pace
 
@@ -23,7 +23,7 @@ MAX_PAIRS: Final = 500_000
 # Rows per statement and transaction: few, so that locks are brief and the live sink gets its turn.
 ROWS_PER_WRITE: Final = 1000
 
-Write = Callable[[Columns], Awaitable[Applied]]
+Write = Callable[[Columns], Awaitable[Written]]
 
 
 class Summary(msgspec.Struct):

@@ -1,11 +1,12 @@
-"""Wire a server of the API and the live page from settings."""
+"""The server's process: a listener that keeps the rows in memory, and the API and live page that show them."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from ipaddress import ip_address
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 import asyncpg
@@ -13,11 +14,11 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from pipeline.errors import ConfigError
-from pipeline.postgres.connections import connected, listener, require_sessions
+from pipeline.listener import MetadataListener
+from pipeline.postgres.connections import CONNECT_TIMEOUT_SECONDS, connected, open_pool, require_sessions
 from pipeline.postgres.errors import translated_errors
 from pipeline.postgres.migrations import require_schema
-from pipeline.postgres.pooling import statements_to_keep
-from pipeline.postgres.store import CONNECT_TIMEOUT_SECONDS, read_rows
+from pipeline.postgres.store import TableRow, read_rows
 from pipeline.roles.process import on_stop_signals
 from pipeline.serve.live import LiveTable
 from pipeline.settings import Settings
@@ -42,39 +43,29 @@ async def run_serve(settings: Settings) -> None:
         raise ConfigError(
             f"{error.name} is not installed: pip install 'agent-metadata-pipeline[serve]' for `serve`"
         ) from error
-    async with connected(settings) as connection:
+    database_url = settings.database_url.get_secret_value()
+    async with connected(database_url) as connection:
         await require_schema(connection)
-    await require_sessions(settings)
+    listener_url, url_setting = settings.listener_url()
+    await require_sessions(listener_url, url_setting)
     table = LiveTable()
     registry = CollectorRegistry()
-    rows = listener(settings, None, registry)
-    database_url = settings.database_url.get_secret_value()
-    async with translated_errors("connecting"):
-        kept = await statements_to_keep(database_url, CONNECT_TIMEOUT_SECONDS)
-    pool = asyncpg.create_pool(
+    listener = MetadataListener(listener_url, registry=registry, url_setting=url_setting)
+    pool = await open_pool(
         database_url,
-        statement_cache_size=kept,
+        application_name="agent-metadata-serve",
         min_size=0,
         max_size=SERVE_CONNECTIONS,
-        timeout=CONNECT_TIMEOUT_SECONDS,
-        command_timeout=CONNECT_TIMEOUT_SECONDS,
-        server_settings={"application_name": "agent-metadata-serve"},
+        command_timeout_seconds=CONNECT_TIMEOUT_SECONDS,
     )
-
-    async def follow() -> None:
-        async for change in rows.changes():
-            table.change(*change)
-
-    async def read(agent_ids: Sequence[UUID]) -> Sequence[Any]:
-        async with translated_errors("reading metadata"), pool.acquire() as connection, connection.transaction():
-            return await read_rows(connection, agent_ids)
-
     server = LiveServer(
         table=table,
-        read=read,
-        why_not_ready=lambda: None if rows.is_following else "Postgres is away; what was known last is shown",
+        read=partial(_read, pool),
+        why_not_ready=lambda: (
+            None if listener.is_following else "Postgres is unavailable; the last known rows are shown"
+        ),
         registry=registry,
-        freshness=rows.freshness,
+        freshness=listener.freshness,
         token=settings.serve_token.get_secret_value() if settings.serve_token else None,
         is_local=_is_loopback(settings.serve_host),
         cors_origins=[origin.strip() for origin in settings.serve_cors_origins.split(",") if origin.strip()],
@@ -83,7 +74,7 @@ async def run_serve(settings: Settings) -> None:
     on_stop_signals(stop.set)
     async with pool:
         listening = listen(settings.serve_host, settings.serve_port)
-        following = asyncio.create_task(follow())
+        following = asyncio.create_task(_follow(listener, table))
         following.add_done_callback(lambda _: stop.set())
         host, port = listening.getsockname()[:2]
         _log.info("serve_started", url=f"http://{host}:{port}/", token="asked for" if settings.serve_token else "none")
@@ -92,6 +83,16 @@ async def run_serve(settings: Settings) -> None:
             following.result()
         following.cancel()
     _log.info("serve_stopped")
+
+
+async def _follow(listener: MetadataListener, table: LiveTable) -> None:
+    async for change in listener.changes():
+        table.change(*change)
+
+
+async def _read(pool: asyncpg.Pool, agent_ids: Sequence[UUID]) -> Sequence[TableRow]:
+    async with translated_errors("reading metadata"), pool.acquire() as connection, connection.transaction():
+        return await read_rows(connection, agent_ids)
 
 
 def _is_loopback(host: str) -> bool:

@@ -69,7 +69,7 @@ async def run_sink(settings: Settings) -> None:
     dead_letters = DeadLetterWriter(publisher, settings.dead_letter_topic, stage="sink", source_topic=batches.name)
     sink = Sink(consumer=consumer, topic=topic, dead_letters=dead_letters, metrics=metrics, on_failure=fail)
     lag = watch_lag(settings, admin, batches, sink.positions, lambda: consumer.is_held, metrics.consumer)
-    table = TableWatch(store.is_emptied, partial(_refill, settings))
+    table = TableWatch(store.epoch.is_emptied, partial(_refill, settings))
     postgres = Outage("Postgres")
     metrics.consumer.outage_seconds.labels("postgres").set_function(lambda: max(sink.held_seconds, postgres.seconds()))
     heartbeat = Heartbeat(settings.stuck_seconds)
@@ -152,7 +152,7 @@ async def _ping(store: Store, outage: Outage) -> None:
 
 
 async def _open_store(settings: Settings) -> Store:
-    async with connected(settings) as connection:
+    async with connected(settings.database_url.get_secret_value()) as connection:
         await require_schema(connection)
         if settings.undeclared == "insert":
             await require_defaults(connection)

@@ -10,7 +10,8 @@ import structlog
 
 from pipeline.errors import ServiceUnavailable, TopicMismatch
 from pipeline.kafka.topics import Incarnation, TopicFacts, require_topics
-from pipeline.postgres.store import Applied, PartitionId, Received, Reject, Store
+from pipeline.postgres.progress import PartitionId, Received
+from pipeline.postgres.store import Applied, Reject, Store
 from pipeline.settings import Settings
 
 _ANSWER_SECONDS: Final = 8.0

@@ -14,12 +14,13 @@ import tenacity
 from confluent_kafka import Message
 
 from pipeline.core.batch import Row, decode_batch
-from pipeline.errors import ConfigError, DecodeError, ProgressGap, RowRejected, ServiceUnavailable
+from pipeline.errors import ConfigError, DecodeError, FlushFailed, ProgressGap, RowRejected, ServiceUnavailable
 from pipeline.kafka.dead_letters import DeadLetterWriter
 from pipeline.kafka.records import as_record
 from pipeline.monitoring.lag import Position
 from pipeline.monitoring.metrics import SinkMetrics
-from pipeline.postgres.store import Applied, Received
+from pipeline.postgres.progress import Received
+from pipeline.postgres.store import Applied
 from pipeline.sink.batches_topic import BatchesTopic
 from pipeline.sink.consumer import BatchConsumer, buffered_bytes
 
@@ -208,7 +209,7 @@ class Sink:
     def _hold(self, state: tenacity.RetryCallState) -> None:
         self._metrics.failed_flushes.inc()
         error = state.outcome.exception() if state.outcome else None
-        self._metrics.publish_errors.inc(getattr(error, "unpublished", 0))
+        self._metrics.publish_errors.inc(error.payloads if isinstance(error, FlushFailed) else 0)
         if not self.is_holding:
             self._held_since = time.monotonic()
             _log.warning("holding_batches_back", error=str(error), advice="they wait in Kafka; nothing is lost")
@@ -219,7 +220,7 @@ class Sink:
             _log.info("writing_again")
 
     def _observe(self, applied: Applied, seconds: float) -> None:
-        metrics, now = self._metrics, time.time()
+        metrics, written, now = self._metrics, applied.written, time.time()
         for batch in applied.batches:
             metrics.batches.labels(batch.reason).inc()
             metrics.batch_size.observe(len(batch.agent_ids))
@@ -230,11 +231,11 @@ class Sink:
             if batch.agent_ids:
                 metrics.freshness.observe("committed", collected_at=batch.sampled_time, at=now)
         metrics.skipped_batches.inc(applied.skipped)
-        metrics.rows_written.inc(applied.rows)
+        metrics.rows_written.inc(written.rows)
         metrics.notify_payloads.inc(applied.payloads)
-        metrics.rows_unchanged.inc(applied.given - applied.rows - applied.rejected - applied.stale)
-        metrics.stale_entries.inc(applied.stale)
-        metrics.dead_letters.labels("row_rejected").inc(applied.rejected)
+        metrics.rows_unchanged.inc(applied.pairs - written.rows - written.rejected - written.stale)
+        metrics.stale_entries.inc(written.stale)
+        metrics.dead_letters.labels("row_rejected").inc(written.rejected)
         if applied.lost:
             metrics.lost_batches.inc(applied.lost)
             _log.warning("batches_lost_to_retention", count=applied.lost)

@@ -18,6 +18,7 @@ from faust.types import TP
 
 from pipeline.cli import main
 from pipeline.postgres import store
+from pipeline.postgres.progress import Plan
 from pipeline.sink.consumer_thread import ConsumerThread
 from pipeline.worker import Worker
 from pipeline.worker.partition import SourcePartition
@@ -60,12 +61,14 @@ def _statement_without_guard(name: str) -> str:
     return text
 
 
-def _choose_all(target: Any, received: Any, reached: Any, applied: Any, earliest: int) -> None:
+def _choose_all(target: Any, received: Any, _progress: Any, _earliest: int) -> Plan:
+    batches, moves = [], {}
     for offset, batch in received:
-        reached[target[:2]] = offset + 1
+        moves[target[:2]] = offset + 1
         if batch is not None:
-            applied.batches.append(batch)
-            reached[batch.source.topic_id, batch.source.partition] = batch.source.last + 1
+            batches.append(batch)
+            moves[batch.source.topic_id, batch.source.partition] = batch.source.last + 1
+    return Plan(batches, 0, 0, moves)
 
 
 async def _wait_for_ever(*_: Any, **__: Any) -> None:
@@ -76,7 +79,7 @@ MUTANTS = {
     # A promise's keeper taken out.
     "commit_first": Mutant(Worker, _deliver, _commit_and_deliver),
     "no_guard": Mutant(store, _statement, _statement_without_guard),
-    "no_progress_check": Mutant(store, store._choose, _choose_all),
+    "no_progress_check": Mutant(store, store.choose_batches, _choose_all),
     # A consumer that delivers nothing, or an event loop that doesn't turn.
     "worker_without_records": Mutant(ChunkConsumerThread, ChunkConsumerThread.getmany, _wait_for_ever),
     "worker_without_turns": Mutant(SourcePartition, SourcePartition.take, lambda *_: time.sleep(3600)),

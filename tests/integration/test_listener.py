@@ -1,4 +1,4 @@
-"""The listener against a real Postgres: snapshot, changes, and what was missed while the connection was away."""
+"""The listener against a real Postgres: snapshot, changes, and what was missed while the connection was down."""
 
 import asyncio
 import time
@@ -14,13 +14,10 @@ from structlog.testing import capture_logs
 
 import pipeline.listener
 from pipeline.core.agent_ids import NOTIFY_CHANNEL, encode_agent_id
-from pipeline.errors import ConfigError, ServiceUnavailable
+from pipeline.errors import ConfigError
 from pipeline.listener import MetadataListener
 from pipeline.local import PackagedPostgres
-from pipeline.postgres.connections import connect, listener
 from pipeline.postgres.migrations import migrate
-from pipeline.postgres.store import read_rows
-from pipeline.settings import load_settings
 
 pytestmark = pytest.mark.services
 
@@ -29,7 +26,7 @@ A1, A2, A3 = (uuid.UUID(int=number) for number in (1, 2, 3))
 
 
 class Heard:
-    """What a listener says, one change after the other."""
+    """What a listener yields, one change after the other."""
 
     def __init__(self, listener):
         self._changes = asyncio.Queue()
@@ -47,7 +44,7 @@ class Heard:
             getting.cancel()
             if self.task.done():
                 self.task.result()
-            raise AssertionError("the listener said nothing")
+            raise AssertionError("the listener yielded nothing")
         return getting.result()
 
     async def values(self, count):
@@ -66,27 +63,51 @@ async def hearing(listener):
         assert heard.task.done(), "the listener does not end when it is cancelled"
 
 
-class Gate:
-    """A connect function that tells of failures, and lets nobody through while it is closed."""
+class Proxy:
+    """A way to the database that can be closed for new connections, can go silent, and tells of failed connections."""
 
     def __init__(self, database_url):
-        self._settings = load_settings(database_url=database_url)
+        self._target = urlsplit(database_url)
+        self._user = self._target.netloc.rpartition("@")[0]
+        self._writers = []
+        self._silent = set()
         self.open = asyncio.Event()
         self.open.set()
         self.failed = asyncio.Event()
 
-    async def __call__(self):
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self.url = self._target._replace(netloc=f"{self._user}@127.0.0.1:{port}").geturl()
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.close()
+        for writer in self._writers:
+            writer.close()
+
+    def silence(self):
+        """Carry nothing any more through the connections that are open now."""
+        self._silent.update(self._writers)
+
+    async def _serve(self, reader, writer):
+        self._writers.append(writer)
         await self.open.wait()
         try:
-            return await connect(self._settings)
-        except ServiceUnavailable:
+            there, back = await asyncio.open_connection(self._target.hostname, self._target.port)
+        except OSError:
             self.failed.set()
-            raise
+            writer.close()
+            return
+        self._writers.append(back)
+        await asyncio.gather(self._carry(reader, back), self._carry(there, writer))
 
-
-@pytest.fixture
-def settings(database_url):
-    return load_settings(database_url=database_url)
+    async def _carry(self, reader, writer):
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                if writer not in self._silent:
+                    writer.write(data)
+        writer.close()
 
 
 async def write(connection, agent_id, value, *, key="k", error="", at=0):
@@ -115,19 +136,19 @@ async def cut_others(connection):
     assert await connection.fetchval(f"select bool_and(pg_terminate_backend(pid, 10000)) {others}")
 
 
-async def test_changes_begin_with_a_snapshot(connection, settings):
+async def test_changes_begin_with_a_snapshot(connection, database_url):
     await write(connection, A1, "one", key="a", error="late", at=3)
     await write(connection, A2, "two", key="b")
-    async with hearing(listener(settings, None)) as heard:
+    async with hearing(MetadataListener(database_url)) as heard:
         assert [tuple(await heard.next()) for _ in range(2)] == [
             (A1, "a", "one", "late", T0 + timedelta(seconds=3), None),
             (A2, "b", "two", "", T0, None),
         ]
 
 
-async def test_change_arrives_with_the_time_of_its_notify(connection, settings):
+async def test_change_arrives_with_the_time_of_its_notify(connection, database_url):
     await write(connection, A1, "old")
-    async with hearing(listener(settings, None)) as heard:
+    async with hearing(MetadataListener(database_url)) as heard:
         await heard.next()
         before = time.time()
         await change(connection, A1, "new", error="e", at=1)
@@ -136,9 +157,9 @@ async def test_change_arrives_with_the_time_of_its_notify(connection, settings):
     assert before <= arrived.notified_at <= time.time()
 
 
-async def test_listener_counts_what_it_hears_and_how_old_it_is(connection, settings):
+async def test_listener_counts_what_it_hears_and_how_old_it_is(connection, database_url):
     registry = CollectorRegistry()
-    counting = MetadataListener(lambda: connect(settings), read_rows, registry=registry)
+    counting = MetadataListener(database_url, registry=registry)
     collected_s_after_t0 = time.time() - T0.timestamp() - 100
     await write(connection, A1, "a row of the snapshot has no such age")
     async with hearing(counting) as heard:
@@ -150,7 +171,7 @@ async def test_listener_counts_what_it_hears_and_how_old_it_is(connection, setti
             registry.get_sample_value(f"agent_metadata_freshness_seconds_{name}", {"hop": "notified"})
             for name in ("count", "sum")
         )
-        await write(connection, A1, "newer, and nobody is told", at=collected_s_after_t0)
+        await write(connection, A1, "newer, and nobody is notified", at=collected_s_after_t0)
         await cut_others(connection)
         await heard.next()  # read after the cut
     assert count == 1
@@ -162,44 +183,44 @@ async def test_listener_counts_what_it_hears_and_how_old_it_is(connection, setti
     assert counted == [2, 1, 1]
 
 
-async def test_snapshot_of_watched_agents_leaves_others_out(connection, settings):
+async def test_snapshot_of_watched_agents_leaves_others_out(connection, database_url):
     for agent_id in (A1, A2, A3):
         await write(connection, agent_id, "v")
-    async with hearing(listener(settings, [A1, A3])) as heard:
+    async with hearing(MetadataListener(database_url, [A1, A3])) as heard:
         assert await heard.values(2) == [(A1, "k", "v"), (A3, "k", "v")]
 
 
-async def test_change_of_an_agent_that_is_not_watched_is_not_heard(connection, settings):
+async def test_change_of_an_agent_that_is_not_watched_is_not_heard(connection, database_url):
     await write(connection, A1, "old")
-    async with hearing(listener(settings, [A1])) as heard:
+    async with hearing(MetadataListener(database_url, [A1])) as heard:
         await heard.next()
         await change(connection, A2, "unwatched")
         await change(connection, A1, "watched")
         assert await heard.values(1) == [(A1, "k", "watched")]
 
 
-async def test_row_that_did_not_change_is_not_repeated(connection, settings):
+async def test_row_that_did_not_change_is_not_repeated(connection, database_url):
     await write(connection, A1, "same")
     await write(connection, A1, "old", key="other")
-    async with hearing(listener(settings, None)) as heard:
+    async with hearing(MetadataListener(database_url)) as heard:
         await heard.values(2)
         await notify(connection, A1)
         await change(connection, A1, "new", key="other")
         assert await heard.values(1) == [(A1, "other", "new")]
 
 
-async def test_row_with_a_new_time_only_is_a_change(connection, settings):
+async def test_row_with_a_new_time_only_is_a_change(connection, database_url):
     await write(connection, A1, "same")
-    async with hearing(listener(settings, None)) as heard:
+    async with hearing(MetadataListener(database_url)) as heard:
         await heard.next()
         await change(connection, A1, "same", at=1)
         assert (await heard.next()).collected_at == T0 + timedelta(seconds=1)
 
 
-async def test_payload_of_garbage_is_ignored_and_the_next_one_heard(connection, settings):
+async def test_payload_of_garbage_is_ignored_and_the_next_one_heard(connection, database_url):
     await write(connection, A1, "old")
     with capture_logs() as logs:
-        async with hearing(listener(settings, None)) as heard:
+        async with hearing(MetadataListener(database_url)) as heard:
             await heard.next()
             for garbage in ("x", "!" * 22, "ä" * 22, ""):
                 await connection.execute("select pg_notify($1, $2)", NOTIFY_CHANNEL, garbage)
@@ -211,22 +232,21 @@ async def test_payload_of_garbage_is_ignored_and_the_next_one_heard(connection, 
 async def test_listener_catches_up_with_what_changed_while_it_was_cut_off(connection, database_url):
     await write(connection, A1, "old")
     await write(connection, A2, "same")
-    gate = Gate(database_url)
-    async with hearing(MetadataListener(gate, read_rows)) as heard:
+    async with Proxy(database_url) as proxy, hearing(MetadataListener(proxy.url)) as heard:
         await heard.values(2)
-        gate.open.clear()
+        proxy.open.clear()
         await cut_others(connection)
         await change(connection, A1, "missed", at=1)
-        gate.open.set()
+        proxy.open.set()
         caught_up = await heard.next()
         assert (caught_up.agent_id, caught_up.value, caught_up.notified_at) == (A1, "missed", None)
         await change(connection, A2, "live")
         assert await heard.values(1) == [(A2, "k", "live")]
 
 
-async def test_listener_cut_again_and_again_ends_with_every_last_value(connection, settings):
+async def test_listener_cut_again_and_again_ends_with_every_last_value(connection, database_url):
     await write(connection, A1, "0")
-    async with hearing(listener(settings, [A1])) as heard:
+    async with hearing(MetadataListener(database_url, [A1])) as heard:
         for number in range(1, 6):
             await heard.next()
             await cut_others(connection)
@@ -234,53 +254,20 @@ async def test_listener_cut_again_and_again_ends_with_every_last_value(connectio
         assert await heard.values(1) == [(A1, "k", "5")]
 
 
-@asynccontextmanager
-async def proxied(database_url):
-    """Yield a URL that leads to the database, and an event: once it is set, nothing comes through any more."""
-    target, dead, writers = urlsplit(database_url), asyncio.Event(), []
-
-    async def carry(reader, writer):
-        while data := await reader.read(65536):
-            if not dead.is_set():
-                writer.write(data)
-
-    async def serve(reader, writer):
-        there, back = await asyncio.open_connection(target.hostname, target.port)
-        writers.extend((writer, back))
-        with suppress(OSError):
-            await asyncio.gather(carry(reader, back), carry(there, writer))
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    user = target.netloc.rpartition("@")[0]
-    try:
-        yield target._replace(netloc=f"{user}@127.0.0.1:{port}").geturl(), dead
-    finally:
-        server.close()
-        for writer in writers:
-            writer.close()
-
-
 async def test_connection_that_falls_silent_is_given_up_and_replaced(connection, database_url, monkeypatch):
     monkeypatch.setattr(pipeline.listener, "_KEEPALIVE_SECONDS", 0.1)
     monkeypatch.setattr(pipeline.listener, "_ANSWER_SECONDS", 0.5)
     await write(connection, A1, "old")
-    async with proxied(database_url) as (proxy_url, dead):
-        urls = [proxy_url]
-
-        async def connect_once_through_the_proxy():
-            return await connect(load_settings(database_url=urls.pop() if urls else database_url))
-
-        async with hearing(MetadataListener(connect_once_through_the_proxy, read_rows)) as heard:
-            await heard.next()
-            dead.set()
-            await change(connection, A1, "new")
-            assert await heard.values(1) == [(A1, "k", "new")]
+    async with Proxy(database_url) as proxy, hearing(MetadataListener(proxy.url)) as heard:
+        await heard.next()
+        proxy.silence()
+        await change(connection, A1, "new")
+        assert await heard.values(1) == [(A1, "k", "new")]
 
 
 async def test_database_that_refuses_the_listener_ends_it(database_url):
     elsewhere = urlsplit(database_url)._replace(path="/no_such_database").geturl()
-    async with hearing(listener(load_settings(database_url=elsewhere), None)) as heard:
+    async with hearing(MetadataListener(elsewhere)) as heard:
         with pytest.raises(ConfigError, match="3D000"):
             await heard.next()
 
@@ -302,13 +289,12 @@ async def connected_to(server):
         await connection.close()
 
 
-async def test_connecting_to_a_database_that_is_away_is_retried(own_postgres):
+async def test_connecting_to_a_database_that_is_down_is_retried(own_postgres):
     async with connected_to(own_postgres) as connection:
         await write(connection, A1, "before")
     await asyncio.to_thread(own_postgres.stop)
-    gate = Gate(own_postgres.database_url)
-    async with hearing(MetadataListener(gate, read_rows, [A1])) as heard:
-        await asyncio.wait_for(gate.failed.wait(), 30)
+    async with Proxy(own_postgres.database_url) as proxy, hearing(MetadataListener(proxy.url, [A1])) as heard:
+        await asyncio.wait_for(proxy.failed.wait(), 30)
         await asyncio.to_thread(own_postgres.start)
         assert await heard.values(1) == [(A1, "k", "before")]
 
@@ -316,11 +302,10 @@ async def test_connecting_to_a_database_that_is_away_is_retried(own_postgres):
 async def test_listener_lives_through_a_restart_of_the_database(own_postgres):
     async with connected_to(own_postgres) as connection:
         await write(connection, A2, "before")
-    gate = Gate(own_postgres.database_url)
-    async with hearing(MetadataListener(gate, read_rows, [A2])) as heard:
+    async with Proxy(own_postgres.database_url) as proxy, hearing(MetadataListener(proxy.url, [A2])) as heard:
         await heard.next()
         await asyncio.to_thread(own_postgres.stop)
-        await asyncio.wait_for(gate.failed.wait(), 30)
+        await asyncio.wait_for(proxy.failed.wait(), 30)
         await asyncio.to_thread(own_postgres.start)
         async with connected_to(own_postgres) as connection:
             await change(connection, A2, "after", at=1)

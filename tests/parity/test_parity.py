@@ -282,4 +282,4 @@ async def test_rows_are_read_in_display_order_then_by_key(deploy):
             [(agent_id(1), f"foo{number}", order) for number, order in ((1, 2), (2, 1), (3, 2), (4, 3))],
         )
         rows = await read_rows(connection, [agent_id(1)])
-    assert [row["key"] for row in rows] == ["foo2", "foo1", "foo3", "foo4"]
+    assert [row.key for row in rows] == ["foo2", "foo1", "foo3", "foo4"]

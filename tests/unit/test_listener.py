@@ -5,6 +5,7 @@ import uuid
 
 import pytest
 
+import pipeline.listener
 from pipeline.core.agent_ids import encode_agent_id
 from pipeline.listener import MetadataListener
 from pipeline.testing import settle
@@ -19,23 +20,25 @@ class FakeConnection:
     async def add_listener(self, channel, callback):
         self.notify = callback
 
+    async def fetch(self, _query, *_arguments):
+        return []
+
     def terminate(self):
         pass
 
 
 @pytest.mark.parametrize("turns", range(6))
-async def test_cancel_together_with_a_notification_ends_the_listener(turns):
+async def test_cancel_together_with_a_notification_ends_the_listener(monkeypatch, turns):
     connection = FakeConnection()
 
-    async def connect():
+    async def connect(_database_url, _url_setting):
         return connection
 
-    async def read_rows(_connection, _agent_ids):
-        return []
-
     async def listen():
-        async for _ in MetadataListener(connect, read_rows).changes():
+        async for _ in MetadataListener("postgresql://nowhere").changes():
             pass
+
+    monkeypatch.setattr(pipeline.listener, "connect", connect)
 
     listening = asyncio.create_task(listen())
     await settle()

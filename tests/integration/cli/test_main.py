@@ -209,7 +209,7 @@ async def test_sink_on_coders_own_table_starts_only_where_undeclared_pairs_are_i
     done = agent_metadata("sink", AGENT_METADATA_UNDECLARED=undeclared)
     assert (done.returncode, done.stdout) == (2, "")
     message = complaint(done)
-    assert "takes no new rows, for display_name, script, timeout, interval can't be null" in message
+    assert "takes no new rows: display_name, script, timeout, interval can't be null" in message
     assert "set AGENT_METADATA_UNDECLARED=ignore, or give them defaults" in message
 
 

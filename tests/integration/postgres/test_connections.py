@@ -1,4 +1,4 @@
-"""Through PgBouncer's transaction mode as it comes: tables and sinks work, a listener that would be deaf is refused."""
+"""Through PgBouncer in transaction mode: tables and sinks work, a listener that would hear nothing is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROW = (
 
 @pytest.fixture
 def pool(database_url: str) -> Iterator[Any]:
-    """Start a pool: `pool("transaction")`; it gives the URL."""
+    """Start a pooler: `pool("transaction")` returns its URL."""
     with ExitStack() as stack:
 
         def start(mode: str, **settings: str) -> str:
@@ -55,7 +55,7 @@ def agent_metadata(*arguments: str, **variables: str) -> subprocess.CompletedPro
     )
 
 
-async def test_tables_are_made_through_a_pool_and_no_lock_is_left_behind(pool, database_url):
+async def test_migrate_through_a_pooler_leaves_no_lock_behind(pool, database_url):
     url = pool("transaction", default_pool_size="2")
     made = [agent_metadata("db", "migrate", DATABASE_URL=url) for _ in range(2)]
     assert [(done.returncode, done.stderr) for done in made] == [(0, ""), (0, "")]
@@ -66,7 +66,7 @@ async def test_tables_are_made_through_a_pool_and_no_lock_is_left_behind(pool, d
     await connection.close()
 
 
-async def test_two_sinks_write_through_one_pool(pool, bootstrap_servers, database_url, tmp_path):
+async def test_two_sinks_write_through_one_pooler(pool, bootstrap_servers, database_url, tmp_path):
     url = pool("transaction", default_pool_size="2")
     deployed = Deployment(bootstrap_servers, database_url, tmp_path)
     try:
@@ -93,17 +93,17 @@ async def test_two_sinks_write_through_one_pool(pool, bootstrap_servers, databas
 
 
 @pytest.mark.parametrize(("command", "in_turn"), [("watch", "0"), ("watch", "1"), ("serve", "0")])
-def test_listening_through_a_pool_by_transaction_is_refused_with_advice(pool, database_url, command, in_turn):
+def test_listening_through_a_pooler_in_transaction_mode_is_refused(pool, database_url, command, in_turn):
     assert agent_metadata("db", "migrate", DATABASE_URL=database_url).returncode == 0
     url = pool("transaction", server_round_robin=in_turn)
     done = agent_metadata(command, DATABASE_URL=url)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("agent-metadata: DATABASE_URL leads through a pool that lends connections by transaction")
+    assert line.startswith("agent-metadata: DATABASE_URL leads through a connection pooler in transaction mode")
     assert "set DATABASE_LISTEN_URL to the server itself" in line
 
 
-@pytest.mark.parametrize("listens", ["directly", "through a pool by sessions"])
+@pytest.mark.parametrize("listens", ["directly", "through a pooler in session mode"])
 async def test_watch_with_a_listen_url_hears_what_is_notified(pool, database_url, listens):
     assert agent_metadata("db", "migrate", DATABASE_URL=database_url).returncode == 0
     urls = {

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pipeline.core.batch import Batch, Row, Source, WindowSpan, merge
 from pipeline.postgres.migrations import migrate
-from pipeline.postgres.store import PartitionId, Received, Store
+from pipeline.postgres.progress import PartitionId, Received
+from pipeline.postgres.store import Store
 
 pytestmark = pytest.mark.services
 

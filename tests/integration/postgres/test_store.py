@@ -9,10 +9,11 @@ import pytest
 
 from pipeline.core.agent_ids import MAX_IDS_PER_PAYLOAD, NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.core.batch import Batch, Row, Source, WindowSpan
-from pipeline.errors import ConfigError, ProgressGap, SchemaMismatch, ServiceUnavailable
+from pipeline.errors import ConfigError, FlushFailed, ProgressGap, SchemaMismatch, ServiceUnavailable
 from pipeline.postgres import store as store_module
 from pipeline.postgres.errors import translated_errors
-from pipeline.postgres.store import PartitionId, Received, Store
+from pipeline.postgres.progress import PartitionId, Received
+from pipeline.postgres.store import Store
 
 pytestmark = pytest.mark.services
 
@@ -71,7 +72,7 @@ async def table(connection):
 async def test_apply_writes_rows_and_progress_together(store, connection):
     applied = await apply(store, (0, batch(row(), row(A2, value="w", error="e", at=7), first=5, last=9)))
     assert await table(connection) == {(A1, "k"): ("v", "", 0), (A2, "k"): ("w", "e", 7)}
-    assert (applied.rows, {str(agent) for agent in applied.agent_ids}) == (2, {A1, A2})
+    assert (applied.written.rows, {str(agent) for agent in applied.written.agent_ids}) == (2, {A1, A2})
     progress = await connection.fetch("select topic_id, partition, next_offset from agent_metadata_progress")
     assert {tuple(row) for row in progress} == {("batches-id", 0, 1), ("events-id", 0, 10)}
     assert await store.next_offsets("batches-id", [0, 1]) == {0: 1}
@@ -81,7 +82,7 @@ async def test_apply_older_value_never_moves_a_row_back(store, connection):
     await apply(store, (0, batch(row(value="new", at=2), first=0)))
     applied = await apply(store, (1, batch(row(value="old", at=1), first=1)))
     assert await table(connection) == {(A1, "k"): ("new", "", 2)}
-    assert (applied.rows, applied.agent_ids, applied.payloads) == (0, set(), 0)
+    assert (applied.written.rows, applied.written.agent_ids, applied.payloads) == (0, set(), 0)
 
 
 async def test_apply_on_equal_times_the_later_arrival_wins(store, connection):
@@ -93,7 +94,7 @@ async def test_apply_on_equal_times_the_later_arrival_wins(store, connection):
 async def test_apply_merges_waiting_batches_into_one_row(store, connection):
     applied = await apply(store, *((n, batch(row(value=f"v{n}", at=n), first=n)) for n in range(5)))
     assert await table(connection) == {(A1, "k"): ("v4", "", 4)}
-    assert (len(applied.batches), applied.rows) == (5, 1)
+    assert (len(applied.batches), applied.written.rows) == (5, 1)
 
 
 @pytest.mark.parametrize("parts", [1, 2])  # with 2, no range is complete: progress alone tells
@@ -102,13 +103,13 @@ async def test_apply_same_record_again_changes_nothing(store, connection, parts)
     await apply(store, (1, batch(row(value="second"), first=1, parts=parts)))
     applied = await apply(store, (0, batch(row(value="first"), first=0, parts=parts)))
     assert await table(connection) == {(A1, "k"): ("second", "", 0)}
-    assert (applied.batches, applied.rows) == ([], 0)
+    assert (applied.batches, applied.written.rows) == ([], 0)
 
 
 async def test_apply_zombie_workers_late_batch_changes_nothing(store, connection):
-    await apply(store, (0, batch(row(value="heir"), first=0, last=9)))
+    await apply(store, (0, batch(row(value="new owner"), first=0, last=9)))
     applied = await apply(store, (1, batch(row(value="zombie"), first=0, last=7)))
-    assert await table(connection) == {(A1, "k"): ("heir", "", 0)}
+    assert await table(connection) == {(A1, "k"): ("new owner", "", 0)}
     assert applied.skipped == 1
 
 
@@ -156,13 +157,13 @@ async def test_apply_two_sinks_with_one_partition_apply_each_batch_once(database
         numbered = [(n, batch(row(value=f"v{n}", at=n), first=n)) for n in range(20)]
         results = await asyncio.gather(*(apply(store, *numbered) for store in (one, other) * 4))
     assert sum(len(applied.batches) for applied in results) == 20
-    assert sum(applied.rows for applied in results) == 1
+    assert sum(applied.written.rows for applied in results) == 1
 
 
 async def test_apply_unchanged_row_is_not_written_and_not_notified(store):
     await apply(store, (0, batch(row(), first=0)))
     applied = await apply(store, (1, batch(row(), first=1)))
-    assert (applied.rows, applied.payloads) == (0, 0)
+    assert (applied.written.rows, applied.payloads) == (0, 0)
 
 
 async def test_apply_ignoring_undeclared_pairs_updates_declared_rows_only(database_url, connection):
@@ -173,7 +174,7 @@ async def test_apply_ignoring_undeclared_pairs_updates_declared_rows_only(databa
     async with opened(database_url, undeclared="ignore") as store:
         applied = await apply(store, (0, batch(row(), row(key="unknown"), row(A2))))
     assert await table(connection) == {(A1, "k"): ("v", "", 0)}
-    assert {str(agent) for agent in applied.agent_ids} == {A1}
+    assert {str(agent) for agent in applied.written.agent_ids} == {A1}
 
 
 async def test_apply_notifies_changed_agents_in_payloads_of_363(store, connection, database_url):
@@ -206,7 +207,7 @@ async def test_apply_row_that_postgres_refuses_costs_itself_alone(store, connect
 
     applied = await apply(store, (0, batch(*rows)), reject=reject)
     assert rejected == [("k0017", "23514"), ("k1500", "23514")]
-    assert (applied.rows, applied.rejected, len(await table(connection))) == (1998, 2, 1998)
+    assert (applied.written.rows, applied.written.rejected, len(await table(connection))) == (1998, 2, 1998)
 
 
 async def test_apply_one_pair_in_two_spellings_holds_nothing_back(store, connection):
@@ -256,7 +257,7 @@ async def test_apply_failing_reject_commits_nothing(store, connection):
     await connection.execute("alter table workspace_agent_metadata add check (value <> 'poison')")
 
     async def reject(row, error):
-        raise ServiceUnavailable("the dead-letter topic is away")
+        raise ServiceUnavailable("the dead-letter topic is unavailable")
 
     with pytest.raises(ServiceUnavailable):
         await apply(store, (0, batch(row(), row(key="p", value="poison"))), reject=reject)
@@ -277,10 +278,10 @@ async def test_apply_gives_its_locks_back_when_its_sink_falls_silent(database_ur
         return acknowledged()
 
     batches = (0, batch(row(value="poison")))
-    async with opened(database_url) as silent, opened(database_url) as heir:
+    async with opened(database_url) as silent, opened(database_url) as new_owner:
         applying = asyncio.create_task(apply(silent, batches, reject=fall_silent))
         await is_silent.wait()
-        assert (await asyncio.wait_for(apply(heir, batches, reject=reject), 30)).rejected == 1
+        assert (await asyncio.wait_for(apply(new_owner, batches, reject=reject), 30)).written.rejected == 1
         applying.cancel()
         await asyncio.wait([applying])
 
@@ -302,7 +303,7 @@ async def test_apply_gives_its_locks_back_when_its_sink_falls_silent(database_ur
 async def test_errors_are_told_apart_by_sqlstate(connection, sqlstate, error):
     with pytest.raises(error, match=sqlstate):
         async with translated_errors("testing"):
-            await connection.execute(f"do $$ begin raise exception 'said' using errcode = '{sqlstate}'; end $$")
+            await connection.execute(f"do $$ begin raise exception 'refused' using errcode = '{sqlstate}'; end $$")
 
 
 async def test_connect_to_nothing_is_unavailable():
@@ -310,7 +311,7 @@ async def test_connect_to_nothing_is_unavailable():
         await Store.connect("postgresql://127.0.0.1:1/none", connections=1, undeclared="insert", notify=True)
 
 
-async def test_payloads_of_a_transaction_that_fails_at_its_commit_are_told_of(store, connection):
+async def test_transaction_that_fails_at_its_commit_counts_its_payloads(store, connection):
     await connection.execute(
         "create function fail() returns trigger language plpgsql as "
         "$$ begin raise exception 'the NOTIFY queue is full' using errcode = '54000'; end $$"
@@ -319,13 +320,13 @@ async def test_payloads_of_a_transaction_that_fails_at_its_commit_are_told_of(st
         "create constraint trigger fail after insert on workspace_agent_metadata "
         "deferrable initially deferred for each row execute function fail()"
     )
-    with pytest.raises(ServiceUnavailable) as failure:
+    with pytest.raises(FlushFailed) as failure:
         await apply(store, (0, batch(row())))
-    assert failure.value.unpublished == 1
+    assert failure.value.payloads == 1
     assert await table(connection) == {}
 
 
-async def test_payloads_of_a_transaction_that_fails_before_its_notify_are_none(store, connection):
+async def test_transaction_that_fails_before_its_notify_counts_no_payloads(store, connection):
     await connection.execute(
         "create function fail() returns trigger language plpgsql as "
         "$$ begin raise exception 'the disk is full' using errcode = '53100'; end $$"
@@ -333,27 +334,27 @@ async def test_payloads_of_a_transaction_that_fails_before_its_notify_are_none(s
     await connection.execute(
         "create trigger fail before insert on workspace_agent_metadata for each row execute function fail()"
     )
-    with pytest.raises(ServiceUnavailable) as failure:
+    with pytest.raises(FlushFailed) as failure:
         await apply(store, (0, batch(row())))
-    assert failure.value.unpublished == 0
+    assert failure.value.payloads == 0
 
 
-async def test_rows_refused_as_stale_are_told_from_those_that_are_the_same(store):
+async def test_stale_rows_are_counted_apart_from_unchanged_ones(store):
     await apply(store, (0, batch(row(at=10), row(A2, at=10), row(A2, "other", at=10), first=0)))
     again = batch(row(value="late", at=9), row(A2, at=10), row(A2, "new", at=1), row(A2, "other", "w", at=11), first=1)
     applied = await apply(store, (1, again))
-    assert (applied.given, applied.rows, applied.stale) == (4, 2, 1)
+    assert (applied.pairs, applied.written.rows, applied.written.stale) == (4, 2, 1)
 
 
-async def test_stale_rows_are_not_looked_for_where_undeclared_ones_are_ignored(connection, database_url):
+async def test_stale_rows_are_not_counted_where_undeclared_pairs_are_ignored(connection, database_url):
     async with opened(database_url) as store:
         await apply(store, (0, batch(row(at=10))))
     async with opened(database_url, undeclared="ignore") as store:
         applied = await apply(store, (1, batch(row(at=9), row(A2), first=1)))
-    assert (applied.given, applied.rows, applied.stale) == (2, 0, 0)
+    assert (applied.pairs, applied.written.rows, applied.written.stale) == (2, 0, 0)
 
 
-async def test_ping_says_whether_postgres_answers(store):
+async def test_ping_fails_when_postgres_does_not_answer(store):
     await store.ping()
     await store.close()
     with pytest.raises(ServiceUnavailable):

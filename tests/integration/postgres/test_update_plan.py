@@ -7,7 +7,7 @@ import asyncpg
 import pytest
 
 from pipeline.postgres.migrations import migrate
-from pipeline.postgres.store import statement
+from pipeline.postgres.statements import statement
 
 pytestmark = pytest.mark.services
 

@@ -150,7 +150,7 @@ async def test_refill_by_hand_brings_back_what_was_deleted_and_moves_nothing_bac
 async def test_only_one_refills_at_a_time(deploy, database_url):
     pipeline = await deploy()
     store = await Store.connect(database_url, connections=1, undeclared="insert", notify=False)
-    async with store.refilling() as is_ours:
+    async with store.epoch.refilling() as is_ours:
         assert is_ours
         code, out, err = await command(pipeline, "refill")
     await store.close()
@@ -185,40 +185,40 @@ async def connection(database_url):
 
 
 async def test_table_is_emptied_by_truncate_until_a_refill_has_ended_without_an_error(store, connection):
-    assert not await store.is_emptied()
+    assert not await store.epoch.is_emptied()
     await connection.execute("truncate workspace_agent_metadata")
-    assert await store.is_emptied()
+    assert await store.epoch.is_emptied()
     with pytest.raises(ZeroDivisionError):
-        async with store.refilling():
+        async with store.epoch.refilling():
             _ = 1 / 0
-    assert await store.is_emptied()
-    async with store.refilling() as is_ours:
+    assert await store.epoch.is_emptied()
+    async with store.epoch.refilling() as is_ours:
         assert is_ours
-    assert not await store.is_emptied()
+    assert not await store.epoch.is_emptied()
 
 
 async def test_table_truncated_again_during_its_refill_is_not_taken_for_whole(store, connection):
     await connection.execute("truncate workspace_agent_metadata")
-    async with store.refilling():
+    async with store.epoch.refilling():
         await connection.execute("truncate workspace_agent_metadata")
-    assert await store.is_emptied()
+    assert await store.epoch.is_emptied()
 
 
 async def test_lost_connection_during_a_refill_leaves_the_table_emptied(store, connection):
     await connection.execute("truncate workspace_agent_metadata")
     with pytest.raises(ServiceUnavailable, match=r"Postgres (did not answer|is unavailable)"):
-        async with store.refilling():
+        async with store.epoch.refilling():
             await connection.execute(
                 "select pg_terminate_backend(pid) from pg_stat_activity"
                 " where application_name = 'agent-metadata-sink' and datname = current_database()"
             )
-    assert await store.is_emptied()
+    assert await store.epoch.is_emptied()
 
 
 async def test_crash_empties_an_unlogged_table_and_not_a_logged_one(store, connection):
     await connection.execute("truncate agent_metadata_epoch")  # all that a crash leaves of it
-    assert not await store.is_emptied()
+    assert not await store.epoch.is_emptied()
     await migrate(connection, unlogged=True)
-    assert not await store.is_emptied()  # rewritten, and whole
+    assert not await store.epoch.is_emptied()  # rewritten, and whole
     await connection.execute("truncate agent_metadata_epoch")
-    assert await store.is_emptied()
+    assert await store.epoch.is_emptied()

@@ -13,7 +13,7 @@ from pipeline.core.batch import Batch, Source, WindowSpan, encode_batch
 from pipeline.core.record import KafkaRecord
 from pipeline.core.report import AgentIds, Entry, Report, encode_report
 from pipeline.kafka.range_reader import OffsetRange
-from pipeline.postgres.store import Applied
+from pipeline.postgres.store import Written
 from pipeline.replay.folds import BatchesFold, EventsFold
 from pipeline.replay.pace import Pace
 from pipeline.replay.replay import EVERYTHING, Interrupted, PairFilter, Replay, Summary
@@ -72,7 +72,7 @@ class Table:
         older = [row for row in rows if row[:2] not in self.rows or self.rows[row[:2]][2] < row.collected_at_us]
         if not self._is_dry:
             self.rows.update({row[:2]: row[2:] for row in older})
-        return Applied(rows=len(older))
+        return Written(rows=len(older))
 
 
 def us(moment):

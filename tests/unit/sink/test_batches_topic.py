@@ -4,7 +4,8 @@ import pytest
 
 from pipeline.errors import ServiceUnavailable, TopicMismatch
 from pipeline.kafka.topics import TopicFacts
-from pipeline.postgres.store import Applied, PartitionId, Received
+from pipeline.postgres.progress import PartitionId, Received
+from pipeline.postgres.store import Applied
 from pipeline.settings import Settings
 from pipeline.sink import BatchesTopic, batches_topic
 

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pipeline.core.batch import Batch, Source, WindowSpan, encode_batch
-from pipeline.errors import ConfigError, ProgressGap, ServiceUnavailable, TopicMismatch
+from pipeline.errors import ConfigError, FlushFailed, ProgressGap, ServiceUnavailable, TopicMismatch
 from pipeline.monitoring.metrics import SinkMetrics
 from pipeline.postgres.store import Applied
 from pipeline.sink import Sink
@@ -135,8 +135,7 @@ async def test_drain_does_not_wait_for_a_writer_that_has_failed():
 async def test_failed_flushes_and_their_payloads_are_counted():
     registry = CollectorRegistry()
     done = asyncio.Event()
-    failures = [ServiceUnavailable("at the commit"), ServiceUnavailable("before the NOTIFY")]
-    failures[0].unpublished = 3
+    failures = [FlushFailed("at the commit", payloads=3), ServiceUnavailable("before the NOTIFY")]
 
     async def apply(partition, received, reject, *, earliest):
         if failures:

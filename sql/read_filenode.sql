@@ -1,0 +1,3 @@
+-- Purpose: read which file holds the table.
+-- Locks: none.
+select pg_relation_filenode('workspace_agent_metadata')
