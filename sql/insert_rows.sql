@@ -1,6 +1,6 @@
--- Purpose: make rows of the pairs that have none; count those written and name their agents, and count the stale: pairs
--- whose row is newer than what is given.
--- Guard: as in update_rows.sql, for a row that another writer makes at the same moment.
+-- Purpose: insert the pairs that have no row; count the rows written, name their agents, and count the stale pairs,
+-- whose row is newer than the given value.
+-- Guard: as in update_rows.sql, for a row that another writer inserts at the same moment.
 -- $1 to $5: as in update_rows.sql.
 -- Locks: the rows it writes, in the order of (agent, key).
 with probed as materialized (

@@ -1,5 +1,5 @@
--- Purpose: tell whether the table is as it was last known to be whole, and which file it has now.
--- No row: a crash of Postgres has emptied all UNLOGGED tables. Another file: TRUNCATE, or a rewrite as by VACUUM FULL.
+-- Purpose: read which file the table has now, and which it had when it was last known to be whole.
+-- None then: a crash of Postgres has emptied all UNLOGGED tables. Another: TRUNCATE, or a rewrite as by VACUUM FULL.
 -- Locks: none.
 select
     pg_relation_filenode(oid) as filenode,

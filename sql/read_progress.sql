@@ -1,4 +1,4 @@
--- Purpose: read how far partitions were applied, without waiting for anyone.
+-- Purpose: read how far partitions are applied, without waiting for a lock.
 -- $1 text topic id, $2 int[] partitions.
 -- Locks: none.
 select partition, next_offset

@@ -1,7 +1,7 @@
 -- Purpose: compare the table of the search path (the shadow) with that of another schema (the live one), pair by pair.
--- live_schema is replaced by the other schema's quoted name. $1 double precision: seconds; pairs that changed on either
---    side within them are left out, as they may be on their way. $2 integer: at most so many differing pairs are named.
--- A pair that was declared and never reported has no value, and is no difference.
+-- live_schema is replaced by the other schema's quoted name. $1 double precision: pairs that changed on either side in
+--    this many seconds are not compared, as the change may be on its way. $2 integer: names at most this many pairs.
+-- A pair that was declared and never reported has no value, and is not a difference.
 -- Locks: none. Reads both tables.
 with compared as (
     select
@@ -17,7 +17,7 @@ with compared as (
     full join (select * from live_schema.workspace_agent_metadata where collected_at > '0001-01-01 00:00:00+00') as live
         on live.workspace_agent_id = shadow.workspace_agent_id and live.key = shadow.key
 ),
-told as (
+classified as (
     select
         *,
         case
@@ -30,7 +30,7 @@ told as (
     from compared
 ),
 named as (
-    select * from told where kind in ('different', 'only_live') order by agent_id, key limit $2
+    select * from classified where kind in ('different', 'only_live') order by agent_id, key limit $2
 )
 select
     count(*) filter (where kind = 'same') as same,
@@ -39,4 +39,4 @@ select
     count(*) filter (where kind = 'only_shadow') as only_shadow,
     count(*) filter (where kind = 'unsettled') as unsettled,
     (select coalesce(json_agg(named), '[]') from named) as pairs
-from told
+from classified

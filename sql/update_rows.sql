@@ -1,4 +1,4 @@
--- Purpose: give existing rows their newer values; count the rows that changed and name their agents.
+-- Purpose: update existing rows to newer values; count the rows changed and name their agents.
 -- Guard: a row never goes backwards; on equal times the new value wins; a row that would stay as it is is not written.
 -- $1 uuid[] agent ids, $2 text[] keys, $3 text[] values, $4 text[] errors, $5 bigint[] collected_at in microseconds
 --    since the Unix epoch; equally long, each (agent, key) once, sorted by it.
