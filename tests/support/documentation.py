@@ -1,4 +1,4 @@
-"""Tables of the documentation, so that tests can hold them to what is so."""
+"""Tables and code of the documentation, so that tests can check them against the code."""
 
 from __future__ import annotations
 
@@ -15,3 +15,12 @@ def table_rows(page: str, heading: str) -> list[list[str]]:
     lines = re.search(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)
     assert lines, f"no table under {heading!r} in {page}"
     return [[cell.strip() for cell in line.strip("|\n").split(" | ")] for line in lines[0].splitlines()[2:]]
+
+
+def first_code(page: str, language: str) -> str:
+    """Return the first code block of a language."""
+    block = re.search(
+        rf"^```{language}\n(.*?)^```$", (_ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert block, f"no {language} in {page}"
+    return block[1]
