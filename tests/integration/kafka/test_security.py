@@ -102,7 +102,7 @@ def deployment(kafka: SecuredKafka, listener: str, settings: dict[str, str], **g
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 async def test_report_comes_through_and_no_secret_is_logged(kafka, tokens, database_url, tmp_path, way):
     listener, settings = way(kafka, tokens)
-    deployed = deployment(kafka, listener, settings, database_url=database_url, logs=tmp_path)
+    deployed = deployment(kafka, listener, settings, database_url=database_url, folder=tmp_path)
     try:
         await deployed.prepare()
         worker, sink = await deployed.started("worker"), await deployed.started("sink")
@@ -148,7 +148,7 @@ REFUSALS = {
 def test_refusal_is_one_line_that_says_what_to_do(kafka, tokens, database_url, tmp_path, way, listener, change, advice):
     _, settings = WAYS[way](kafka, tokens)
     settings |= {name: str(kafka.files.get(value, value)) for name, value in change.items()}
-    deployed = deployment(kafka, listener, settings, database_url=database_url, logs=tmp_path)
+    deployed = deployment(kafka, listener, settings, database_url=database_url, folder=tmp_path)
     with ThreadPoolExecutor() as threads:
         outcomes = dict(zip(COMMANDS, threads.map(lambda command: outcome(deployed, command), COMMANDS), strict=True))
     for command, (done, seconds) in outcomes.items():
