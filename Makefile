@@ -6,7 +6,7 @@ SCENARIO ?=
 SEEDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-worker bench-sink bench-end-to-end bench-replay bench-memory \
+.PHONY: help install demo test check lint docs format bench bench-worker bench-sink bench-end-to-end bench-replay bench-memory \
 	bench-serve bench-fuzz chaos clean
 
 help: ## Show this
@@ -18,12 +18,17 @@ demo: .venv/.local ## Run everything once on this machine and compare the table 
 test: .venv/.dev ## All tests, on a real Kafka and a real Postgres; ARGS="-k store"
 	$(BIN)/python -m pytest $(ARGS)
 
-check: .venv/.dev ## What needs no services: lint, format, types, import contracts, unit and property tests
+check: lint docs ## What needs no services: lint, the documentation's site, unit and property tests
+	$(BIN)/python -m pytest -q tests/unit tests/property
+
+lint: .venv/.dev ## Lint, format, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/unit tests/property
+
+docs: .venv/.dev ## Build the documentation's site into site/; a broken link or anchor fails
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: .venv/.dev ## Format the code
 	$(BIN)/ruff check --fix .
@@ -58,7 +63,7 @@ bench-memory: .venv/.dev ## Peak memory of worker and sink with 2,000,000 pairs 
 install: .venv/.dev ## Make .venv with everything for development
 
 clean: ## Remove .venv and caches
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

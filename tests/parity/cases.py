@@ -1,6 +1,6 @@
 """metadatabatcher's own test cases, as data: what goes in, when the clock moves, and what must have come out.
 
-CASES end as they do there, DIFFERENCES as they do here: README.md has a row with the reason for each. Times are seconds
+CASES end as they do there, DIFFERENCES as they do here: docs/metadatabatcher.md has the reasons. Times are seconds
 after T0 = 2024-01-01T00:00:00Z, where its clock starts too. "flushed" counts entries of flushed batches (its
 metadata_flushed_total); "told" are the agents of all notifications since the last look.
 """

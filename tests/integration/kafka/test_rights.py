@@ -1,4 +1,4 @@
-"""Kafka with ACLs: the rights that README.md lists suffice, and an error names the one that is missing."""
+"""Kafka with ACLs: the rights that docs/settings.md lists suffice, and an error names the one that is missing."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def two(kafka: SecuredKafka, database_url: str, tmp_path: Path) -> Iterator[Two]
     both.user.close()
 
 
-DOCUMENTED = {who: (topics, groups) for who, topics, groups in table_rows("README.md", "Rights in Kafka")}
+DOCUMENTED = {who: (topics, groups) for who, topics, groups in table_rows("docs/settings.md", "Rights in Kafka")}
 
 
 def test_table_names_every_command_that_reaches_kafka():

@@ -3,7 +3,6 @@
 import pkgutil
 import re
 import time
-from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -22,6 +21,7 @@ from pipeline.monitoring.metrics import (
     WorkerMetrics,
 )
 from pipeline.settings import Settings
+from tests.support.documentation import table_rows
 from tests.support.prometheus_rules import breaches, families
 
 # metadatabatcher's, as its Go source registers them: name, type, labels, buckets.
@@ -64,25 +64,17 @@ def test_a_sink_bears_coders_names_on_request_and_keeps_its_own():
     assert "agent_metadata_rows_written" in names
 
 
-def names_in_readme():
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    table = readme.split("### Its names here")[1].split("\n## ")[0]
-    return [
-        name
-        for line in table.splitlines()
-        if line.startswith("|")
-        for name in re.findall(r"`([a-z_]+\.[A-Za-z_.]+)`", "|".join(line.split("|")[2:]))
-    ]
+GO_NAMES = table_rows("docs/metadatabatcher.md", "Go names")
+COUNTERPARTS = {name for row in GO_NAMES for name in re.findall(r"`([a-z_]+\.[A-Za-z_.]+)`", " ".join(row[1:]))}
 
 
-@pytest.mark.parametrize("name", sorted(set(names_in_readme())))
-def test_names_that_the_readme_maps_to_are_there(name):
+@pytest.mark.parametrize("name", sorted(COUNTERPARTS))
+def test_counterparts_of_go_names_are_there(name):
     assert pkgutil.resolve_name(f"pipeline.{name}") is not None
 
 
-def test_metrics_that_the_readme_maps_to_are_there():
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    fields = re.findall(r"\| `Metrics\.\w+` \| `\.(\w+)` \|", readme)
+def test_counterparts_of_go_metrics_are_all_collectors_there_are():
+    fields = [row[1][2:-1] for row in GO_NAMES if re.fullmatch(r"`Metrics\.\w+`", row[0]) and row[1].startswith("`.")]
     metrics = Metrics()
     assert {id(getattr(metrics, name)) for name in fields} == {id(collector) for collector in metrics.collectors()}
 
@@ -110,10 +102,8 @@ def test_all_names_keep_to_prometheus_rules():
         assert breaches(generate_latest(registry).decode()) == [], role
 
 
-def test_readme_lists_every_metric_and_no_other():
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    table = readme.split("## Watch it")[1].split("\n## ")[0]
-    listed = {name for line in table.splitlines() for name in re.findall(r"^\| `(\w+)", line)}
+def test_documentation_lists_every_metric_and_no_other():
+    listed = {name for row in table_rows("docs/metrics.md", "All metrics") for name in re.findall(r"^`(\w+)", row[0])}
     shown = set()
     for registry in make_all().values():
         for family in families(generate_latest(registry).decode()):
