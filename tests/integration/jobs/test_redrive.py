@@ -156,7 +156,7 @@ async def test_list_and_show_tell_what_happened_and_redrive_leaves_what_would_be
     ("arguments", "exit_code", "said"),
     [
         (["redrive"], 2, "say which"),
-        (["list", "--stage", "kitchen"], 2, "it is worker or sink"),
+        (["list", "--stage", "kitchen"], 2, "must be worker or sink"),
         (["show", "zero"], 2, "PARTITION:OFFSET"),
         (["show", "0:99"], 1, "has nothing at 0:99"),
     ],
