@@ -25,7 +25,7 @@ import asyncpg
 import uvloop
 
 from bench import harness
-from pipeline.core.agent_ids import NOTIFY_CHANNEL, encode_agent_id_chunks
+from pipeline.core.notify import NOTIFY_CHANNEL, encode_agent_id_chunks
 from pipeline.local import PackagedPostgres
 from pipeline.local.process import free_port
 from pipeline.postgres.migrations import migrate

@@ -6,7 +6,7 @@ An agent's report takes this path; each step is a module or a folder:
     worker/        folds events into a window, keeping the latest value of each (agent, key);
                    publishes a closed window as batches, then commits the events' offsets
     sink/          reads the batches topic from where Postgres says it is applied
-    postgres/      one transaction a batch: rows that never go back, NOTIFY, progress
+    postgres/      one transaction for the batches that wait: rows that never go back, NOTIFY, progress
     listener.py    MetadataListener.changes: NOTIFY, then the rows as they are now
     serve/         the rows in memory, for any number of browsers
 

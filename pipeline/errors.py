@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import ClassVar, Final
 
-# How long a service may take to answer a request before it counts as unavailable; one that is well needs milliseconds.
+# How long a service may take to answer a request before it counts as unavailable; a healthy one needs milliseconds.
 ANSWER_SECONDS: Final = 10.0
 
 
@@ -31,7 +31,7 @@ class PipelineError(Exception):
 
 
 class ConfigError(PipelineError):
-    """A setting is wrong: change it and start again; nothing was started."""
+    """A setting, password or right is wrong: change it and start again. A running sink holds back and tries again."""
 
 
 class TopicMismatch(PipelineError):
@@ -43,7 +43,7 @@ class SchemaMismatch(PipelineError):
 
 
 class DecodeError(PipelineError):
-    """A record can't be decoded: dead-letter it with this reason; another attempt would fail the same way."""
+    """Bytes can't be decoded: dead-letter the record with this reason, ignore the NOTIFY; a retry would fail again."""
 
 
 class ServiceUnavailable(PipelineError):

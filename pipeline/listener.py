@@ -14,7 +14,7 @@ import structlog
 import tenacity
 from prometheus_client import CollectorRegistry
 
-from pipeline.core.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
+from pipeline.core.notify import NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.core.report import timestamp_us
 from pipeline.errors import DecodeError, ServiceUnavailable
 from pipeline.monitoring.metrics import ListenerMetrics

@@ -76,7 +76,9 @@ class Settings(KafkaSecurity):
     undeclared: Literal["insert", "ignore"] = Field(
         default="insert", description="a pair without a row is inserted, or ignored (metadatabatcher)"
     )
-    notify: Literal["on", "off"] = Field(default="on", description="off for backfills that nobody watches")
+    notify: Literal["on", "off"] = Field(
+        default="on", description="on: NOTIFY listeners of changed rows; off: for backfills that nobody watches"
+    )
     unlogged: bool = Field(default=False, description="an UNLOGGED table: less WAL, but a crash of Postgres empties it")
     max_clock_skew_seconds: float = Field(
         default=60.0, ge=0, le=86_400, description="how far ahead of the broker's clock an agent's may be"
@@ -189,7 +191,7 @@ def load_settings(**overrides: Any) -> Settings:
     known = {_variable(name) for name in Settings.model_fields} | {CONFIG_FILE_VARIABLE}
     for name in os.environ:
         if name.startswith(PREFIX) and name not in known:
-            raise ConfigError(f"{name} is no setting{_nearest(name, known)}")
+            raise ConfigError(f"{name} is not a setting{_nearest(name, known)}")
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
@@ -245,7 +247,7 @@ def _complaint(item: Any) -> str:
         return str(problem)
     name = str(item["loc"][0])
     if item["type"] == "extra_forbidden":
-        return f"{name} is no setting{_nearest(name, Settings.model_fields)}"
+        return f"{name} is not a setting{_nearest(name, Settings.model_fields)}"
     variable = _variable(name) if name in Settings.model_fields else name
     shown = "" if re.search("url|password|secret|serve_token", name.lower()) else f"={item['input']!r}"
     if item["type"] != "value_error":

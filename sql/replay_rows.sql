@@ -1,6 +1,6 @@
 -- Purpose: update the rows that are older, and insert the pairs that have none if $6 allows it; count the rows changed,
 --    name their agents, and count the pairs skipped because they have no row.
--- Guard: strict, unlike update_rows.sql: on equal times the row stays. A replay's range may end between two entries of
+-- Guard: strict, unlike update_rows.sql: in a tie the row stays. A replay's range may end between two entries of
 --    equal times, and must not undo the later one.
 -- $1 to $5: as in update_rows.sql; $6 boolean.
 -- Locks: the rows it writes, in the order of (agent, key), so that two writers don't deadlock.

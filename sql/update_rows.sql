@@ -1,5 +1,6 @@
 -- Purpose: update existing rows to newer values; count the rows changed and name their agents.
--- Guard: a row never goes backwards; on equal times the new value wins; a row that would stay as it is is not written.
+--   It returns no more than that, for speed (decision 7 in DESIGN.md).
+-- Guard: a row never goes backwards; in a tie the new value wins; an unchanged row is not written.
 -- $1 uuid[] agent ids, $2 text[] keys, $3 text[] values, $4 text[] errors, $5 bigint[] collected_at in microseconds
 --    since the Unix epoch; equally long, each (agent, key) once, sorted by it.
 -- Locks: the rows it changes, in the order of (agent, key), so that two writers don't deadlock.

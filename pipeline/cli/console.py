@@ -79,7 +79,7 @@ def canonical_agents(agents: Sequence[str] | None, *, name: str = "--agent") -> 
     """Return agent ids in their canonical form; `name` is what an error calls the option.
 
     Raises:
-        ConfigError: one is no UUID.
+        ConfigError: one is not a UUID.
     """
     try:
         return frozenset(canonical_agent_id(text) for text in agents or ())

@@ -73,7 +73,7 @@ def show(
         print(json.dumps(_letter_json(letter)))
         return
     lines = {
-        "was": letter.source,
+        "source": letter.source,
         "appended": rfc3339(letter.timestamp_ms),
         "dead-lettered": rfc3339(letter.appended_ms),
         "by": letter.stage,
@@ -144,7 +144,7 @@ def _filter(agent: str | None, stage: str | None, reason: str | None, offset: st
 def _offset(text: str) -> tuple[int, int]:
     partition, _, offset = text.rpartition(":")
     if not offset.isdecimal() or not (partition or "0").isdecimal():
-        raise ConfigError(f"{text!r} is no position in a topic: write PARTITION:OFFSET, such as 0:17")
+        raise ConfigError(f"{text!r} is not a position in a topic: write PARTITION:OFFSET, such as 0:17")
     return int(partition or 0), int(offset)
 
 

@@ -32,7 +32,7 @@ def parse_moment(text: str, now: datetime, *, option: str) -> datetime:
         return moment.astimezone(UTC)
     except (ValueError, OverflowError):
         raise ConfigError(
-            f"{option} {text!r} is no time: write RFC 3339 ({_example(now)}), an age (90m ago), or now"
+            f"{option} {text!r} is not a time: write RFC 3339 ({_example(now)}), an age (90m ago), or now"
         ) from None
 
 

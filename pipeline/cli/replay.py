@@ -62,7 +62,7 @@ def replay(
     notify: Annotated[
         Literal["off", "final"] | None,
         typer.Option(
-            help="final: notify listeners of an agent when its last row is written.",
+            help="final: notify listeners as rows are written.",
             show_default="final, or off if AGENT_METADATA_NOTIFY is off",
         ),
     ] = None,

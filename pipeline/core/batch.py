@@ -1,4 +1,4 @@
-"""A batch: the latest values of one closed window, as columns, with the range of source offsets it covers."""
+"""A batch: a part of a closed window, as columns, with the range of source offsets that the window covers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import msgspec
 from pipeline.core.report import moment_from_us
 from pipeline.errors import DecodeError
 
-# `scheduled`, `capacity` and `shutdown` are metadatabatcher's labels; `revoked` is ours (a rebalance).
+# Why a window closed. `scheduled`, `capacity` and `shutdown` are metadatabatcher's labels; `revoked` is ours (a
+# rebalance). A reason that a sink doesn't know would be a dead letter: sinks have to be upgraded before workers.
 Reason = Literal["scheduled", "capacity", "shutdown", "revoked"]
 
 BATCH_VERSION: Final = 1
@@ -196,7 +197,7 @@ def _parts_by_size(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
 def merge(batches: Iterable[Batch]) -> Columns:
     """Merge batches, given in topic order, into one row per pair, sorted by (agent_id, key).
 
-    Guarantee: the newest collected_at wins, on equal times the later arrival (metadatabatcher's rule).
+    Guarantee: the newest collected_at wins, in a tie the later arrival (metadatabatcher's rule).
     Sorted, as this is the order in which rows are locked: two writers of the same rows must not deadlock.
     """
     merged = Columns([], [], [], [], [])

@@ -10,7 +10,7 @@ from typing import Final, Literal, NamedTuple
 from pipeline.core.batch import Row, decode_batch
 from pipeline.core.record import CREATE_TIME, KafkaRecord
 from pipeline.core.report import Entry, Report
-from pipeline.core.window import OpenWindow
+from pipeline.core.window import UNLIMITED, OpenWindow
 from pipeline.errors import DecodeError
 
 Stage = Literal["worker", "sink"]
@@ -19,10 +19,8 @@ Headers = Sequence[tuple[str, bytes]]
 # Kafka Connect's names, so that existing tools show and redrive these records.
 _PREFIX: Final = "__connect.errors."
 _MAX_MESSAGE_CHARS: Final = 1000
-# How often a report has been redriven; the header stays on it if it is dead-lettered again.
+# How often a report has been redriven; the header stays on it if the worker dead-letters it again.
 REDRIVES_HEADER: Final = "agent-metadata.redrives"
-# Pairs; above what one record can hold, so that the window never fills.
-_NO_CAPACITY: Final = 1_000_000_000
 
 
 def dead_letter_headers(
@@ -136,7 +134,7 @@ def restore(letter: DeadLetter, *, max_clock_skew: timedelta) -> list[Report]:
     Raises:
         DecodeError: it would be refused again; the message is the reason.
     """
-    window = OpenWindow(0.0, capacity=_NO_CAPACITY, max_clock_skew=max_clock_skew)
+    window = OpenWindow(0.0, capacity=UNLIMITED, max_clock_skew=max_clock_skew)
     # CreateTime, as the fold then judges the record by its own timestamp, whichever clock that was.
     original = KafkaRecord(letter.offset, letter.timestamp_ms, letter.key, letter.value, timestamp_type=CREATE_TIME)
     window.fold([original])

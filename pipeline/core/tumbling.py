@@ -1,4 +1,7 @@
-"""When windows open and end: tumbling windows of processing time, at a phase of each partition's own."""
+"""When windows end: tumbling windows of processing time, at a phase of each partition's own.
+
+worker/partition.py opens and closes them by these times.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ class TumblingWindows:
     """Windows that each end where the next begins, and what one of them may hold.
 
     Every partition ends its windows at a phase of its own, so that the database sees an even load. Only the first
-    window of a partition, and the one after an early close, last their whole size from their start instead (as
+    window of a partition, and the one after a close at capacity, last their whole size from their start instead (as
     metadatabatcher's timer does): what waits in the topic at a start folds into one window.
 
     Units: `size_seconds` may be a fraction (Faust's own windows take whole seconds only); `capacity` counts unique

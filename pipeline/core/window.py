@@ -24,6 +24,8 @@ from pipeline.core.report import (
 )
 from pipeline.errors import DecodeError
 
+# The capacity of a window that never fills: more pairs than a record can hold.
+UNLIMITED: Final = 2**31
 # What sends a record from the fast path to the careful one: it can't be used, or its agent is new.
 _UNCOMMON: Final = (*PARSE_ERRORS, KeyError, DecodeError)
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)

@@ -1,1 +1,1 @@
-"""What an operator runs once, without its output."""
+"""What an operator runs once: status, why, redrive, shadow; cli/ has their options and output."""

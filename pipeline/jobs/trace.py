@@ -14,7 +14,7 @@ from confluent_kafka import Message
 from pipeline.core.batch import decode_batch
 from pipeline.core.dead_letter import source_text
 from pipeline.core.report import BACKSLASH, moment_from_us, timestamp_us
-from pipeline.core.window import OpenWindow
+from pipeline.core.window import UNLIMITED, OpenWindow
 from pipeline.errors import DecodeError
 from pipeline.jobs.status import group_positions
 from pipeline.jobs.why import Carrier, Event, TableRow, Trace
@@ -28,8 +28,6 @@ from pipeline.settings import Settings
 # The search goes back from a partition's end in growing blocks: a live agent's newest report is in the first.
 _FIRST_BLOCK_RECORDS: Final = 10_000
 _BLOCK_GROWTH: Final = 4
-# Pairs; above what one record can hold, so that the window never fills.
-_NO_CAPACITY: Final = 2**31
 
 
 async def trace(
@@ -86,7 +84,7 @@ class _Search:
         is_named = self._hex in raw.lower().replace(b"-", b"")
         if not is_named and BACKSLASH not in raw:
             return None
-        window = OpenWindow(0.0, capacity=_NO_CAPACITY, max_clock_skew=self._max_clock_skew)
+        window = OpenWindow(0.0, capacity=UNLIMITED, max_clock_skew=self._max_clock_skew)
         window.fold([as_record(message)])
         event = Event(message.partition(), message.offset(), _appended_at(message))
         latest = window.get(self._agent_id, self._key)

@@ -96,7 +96,7 @@ def explain(trace: Trace) -> tuple[Verdict, str]:
 
 
 def _waiting(trace: Trace) -> tuple[Verdict, str] | None:
-    """Say where the event is waiting, if it has not arrived yet."""
+    """Say where the event is, if it has not arrived in the table: waiting, or dead-lettered."""
     event, batch = trace.event, trace.batch
     if trace.dead_letter is not None:
         return "dead_letter", f"it is in the dead-letter topic: {trace.dead_letter}"
@@ -104,10 +104,10 @@ def _waiting(trace: Trace) -> tuple[Verdict, str] | None:
         lag = event.offset - trace.committed + 1
         return (
             "not_closed",
-            f"its window is still open, or it has not been read: the worker has {lag} records to commit up to it",
+            f"its window is open or it was not read yet: the worker has {lag} records to commit, this one included",
         )
     if batch is not None and trace.applied <= batch.offset:
-        return "not_applied", f"the sink has {batch.offset - trace.applied + 1} batches to apply, up to its own"
+        return "not_applied", f"the sink has {batch.offset - trace.applied + 1} batches to apply, this one included"
     return None
 
 

@@ -1,1 +1,4 @@
-"""Every client of Kafka; knows no stage and no Settings."""
+"""What the stages and jobs share of Kafka: clients, security, topics, dead letters; knows no stage and no Settings.
+
+The consumers of a stage are in its folder: worker/transport.py, sink/consumer_thread.py.
+"""

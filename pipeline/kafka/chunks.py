@@ -23,7 +23,7 @@ from pipeline.core.record import Record
 # enough for heartbeats and timers of the same event loop.
 TARGET_RECORDS: Final = 2000
 # Records are decoded this many at a time, right before they are folded: they are still in the processor's cache
-# then, and their memory serves the next ones. Decoding a whole fetch ahead costs three times as much a record.
+# then, and their memory serves the next ones. Decoding a whole fetch ahead costs three times as much per record.
 RECORDS_PER_SLICE: Final = 500
 # What a fetch asks for of a partition: large enough to keep round trips rare.
 FETCH_BYTES: Final = 4 * 1024 * 1024
@@ -62,7 +62,7 @@ class PartitionChunks:
         self._check_crcs = partition_records._check_crcs
         self.next_fetch_offset: int = partition_records.next_fetch_offset
         # A generator that refers back to its owner and is never run here. Without this each response would stay in
-        # memory until Python looks for cycles, which it does by numbers of objects: few large records are no reason.
+        # memory until Python looks for cycles, which object counts trigger: a few large records don't.
         partition_records._records_iterator = None
 
     def __iter__(self) -> Iterator[Chunk]:

@@ -43,7 +43,7 @@ class DeadLetterWriter:
         headers = dead_letter_headers(
             topic=self._source_topic,
             partition=partition,
-            offset=-1,
+            offset=-1,  # a row of several merged batches has none
             stage=self._stage,
             error_class="RowRejected",
             message=str(error),

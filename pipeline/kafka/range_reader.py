@@ -41,7 +41,7 @@ class OffsetRange(msgspec.Struct, frozen=True, omit_defaults=True):
 class RangeReader:
     """Reads one range after another; joins no group and commits nothing.
 
-    All methods block, and wait for each other. They raise ServiceUnavailable if Kafka does not answer, and ConfigError
+    All methods block, and run one at a time. They raise ServiceUnavailable if Kafka does not answer, and ConfigError
     if this user may not read the topic.
     """
 

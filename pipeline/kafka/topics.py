@@ -16,7 +16,6 @@ from pipeline.data_files import data_dir
 from pipeline.errors import ANSWER_SECONDS, ServiceUnavailable, TopicMismatch
 from pipeline.kafka.admin import KafkaAdmin, topic_id_by_name
 
-_TOPIC_ID_SECONDS: Final = 8.0
 # Pause before a request that Kafka did not answer is repeated.
 _RETRY_SECONDS: Final = 1.0
 _MIN_ANSWER_SECONDS: Final = 0.1  # librdkafka refuses timeouts below a millisecond
@@ -217,7 +216,7 @@ class Incarnation:
         """Make one that asks `admin`, or remembers the id of an embedded broker's topic, as it deletes none."""
 
         async def ask() -> str | None:
-            return topic.topic_id if topic.is_embedded else await admin.topic_id(topic.name, _TOPIC_ID_SECONDS)
+            return topic.topic_id if topic.is_embedded else await admin.topic_id(topic.name, ANSWER_SECONDS)
 
         return cls(topic.name, ask)
 

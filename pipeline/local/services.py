@@ -101,7 +101,7 @@ def start_services(
         ServiceUnavailable: something did not come up, or does not answer.
     """
     if kind is not None and kind not in get_args(ServicesKind):
-        raise ConfigError(f"{kind!r} is no kind of services: choose one of {', '.join(get_args(ServicesKind))}")
+        raise ConfigError(f"{kind!r} is not a kind of services: choose one of {', '.join(get_args(ServicesKind))}")
     with ExitStack() as stack:
         # Postgres first: it is ready in under a second, so a wrong DATABASE_URL shows before a long download.
         database = _find_postgres(kind, prefer_docker, stack, say) if postgres else _NOT_STARTED

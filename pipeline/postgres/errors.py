@@ -50,9 +50,10 @@ async def translated_errors(activity: str, url_setting: str = "DATABASE_URL") ->
 
 def _translate(error: asyncpg.PostgresError, activity: str, url_setting: str) -> PipelineError:
     state = error.sqlstate or ""
-    message = f"{str(error).splitlines()[0]} (SQLSTATE {state})"
+    first_line = str(error).splitlines()[0]
+    message = f"{first_line} (SQLSTATE {state})"
     if state.startswith(_DATA_ERRORS):
-        return RowRejected(message, sqlstate=state)
+        return RowRejected(first_line, sqlstate=state)
     if state in (_UNDEFINED_TABLE, _UNDEFINED_COLUMN):
         return SchemaMismatch(f"{message}: run `agent-metadata db migrate`")
     if state.startswith(_CONFIG_ERRORS):

@@ -12,8 +12,8 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 import asyncpg
 
-from pipeline.core.agent_ids import NOTIFY_CHANNEL, encode_agent_id_chunks
 from pipeline.core.batch import Batch, Columns, Row, merge
+from pipeline.core.notify import NOTIFY_CHANNEL, encode_agent_id_chunks
 from pipeline.errors import FlushFailed, RowRejected, ServiceUnavailable
 from pipeline.postgres.connections import CONNECT_TIMEOUT_SECONDS, Connection, open_pool
 from pipeline.postgres.epoch import TableEpoch
@@ -47,7 +47,7 @@ class TableRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Written:
-    """What statements changed; `stale` pairs have a newer row already, `undeclared` ones have none and get none.
+    """What statements changed; `stale` pairs have a newer row, `undeclared` ones have no row and are not given one.
 
     `dead_letters` are done when Kafka has the rows that Postgres refused.
     """
@@ -66,7 +66,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Applied:
-    """What one transaction did: of `batches`, merged into `pairs` rows to write, and in `payloads` NOTIFY payloads."""
+    """What one transaction did: it applied `batches`, merged into `pairs` rows, and sent `payloads` NOTIFYs."""
 
     batches: Sequence[Batch] = ()
     skipped: int = 0
@@ -80,7 +80,7 @@ class Store:
     """Writes to one database through a pool; safe to share among partitions of one sink."""
 
     def __init__(self, pool: asyncpg.Pool, *, undeclared: Literal["insert", "ignore"], notify: bool) -> None:
-        """Take over an open pool, which `close` closes; `undeclared` pairs, those without a row, may get one or not."""
+        """Take over an open pool, which `close` closes; `undeclared` says whether pairs without a row get one."""
         self.epoch = TableEpoch(pool)
         self._pool = pool
         self._is_inserting = undeclared == "insert"
@@ -186,9 +186,9 @@ class Store:
         return Applied(plan.batches, plan.skipped, plan.lost, len(rows.keys), written, len(payloads))
 
     async def replay(self, rows: Columns, reject: Reject) -> Written:
-        """Write those rows that the table holds in an older state, in one transaction; sorted, each pair once.
+        """Write those rows that are newer than the table's, in one transaction; sorted, each pair once.
 
-        Guarantee: a row never goes backwards, and on equal times it stays; NOTIFY commits with the rows. A row that
+        Guarantee: a row never goes backwards, and in a tie it stays; NOTIFY commits with the rows. A row that
         Postgres refuses goes to `reject`, and all others are written. `undeclared` counts the pairs that were skipped
         because they have no row.
 
@@ -212,7 +212,7 @@ class Store:
         columns = (rows.agent_ids, rows.keys, rows.collected_at_us)
         async with translated_errors("comparing rows"), self._pool.acquire() as connection, connection.transaction():
             await _begin_write(connection)
-            return _written(await fetch_one(connection, statement("replay_count"), *columns, self._is_inserting))
+            return _parse_counts(await fetch_one(connection, statement("replay_count"), *columns, self._is_inserting))
 
     def _payloads(self, written: Written) -> list[str]:
         return encode_agent_id_chunks(sorted(written.agent_ids)) if self._is_notifying else []
@@ -228,13 +228,13 @@ class Store:
         return _total(results)
 
     async def _write(self, connection: Connection, rows: Columns) -> Written:
-        updated = _written(await fetch_one(connection, statement("update_rows"), *rows))
+        updated = _parse_counts(await fetch_one(connection, statement("update_rows"), *rows))
         if not self._is_inserting or updated.rows == len(rows.keys):
             return updated
-        return _total([updated, _written(await fetch_one(connection, statement("insert_rows"), *rows))])
+        return _total([updated, _parse_counts(await fetch_one(connection, statement("insert_rows"), *rows))])
 
     async def _write_older(self, connection: Connection, rows: Columns) -> Written:
-        return _written(await fetch_one(connection, statement("replay_rows"), *rows, self._is_inserting))
+        return _parse_counts(await fetch_one(connection, statement("replay_rows"), *rows, self._is_inserting))
 
 
 async def read_rows(connection: Connection, agent_ids: Sequence[uuid.UUID] | None) -> list[TableRow]:
@@ -274,7 +274,8 @@ async def _notify(connection: Connection, payloads: Sequence[str]) -> None:
         await connection.execute(statement("notify"), NOTIFY_CHANNEL, payloads)
 
 
-def _written(row: asyncpg.Record) -> Written:
+def _parse_counts(row: asyncpg.Record) -> Written:
+    """Read the one row that every writing statement of sql/ returns."""
     return Written(
         rows=row["rows"],
         agent_ids=frozenset(row["agent_ids"] or ()),

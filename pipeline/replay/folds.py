@@ -81,7 +81,7 @@ class EventsFold:
 
 
 class BatchesFold:
-    """Folds the batches topic; on equal times the later row wins."""
+    """Folds the batches topic; in a tie the later row wins."""
 
     def __init__(self, capacity: int, *, agent_ids: AgentIds) -> None:
         self._capacity = capacity

@@ -25,7 +25,7 @@ def main(parent_pid: int, death_signal: int, user: str, command: list[str]) -> N
     # After setuid, which would clear it; exec keeps it.
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, death_signal)
-    if os.getppid() != parent_pid:  # the parent ended before the kernel knew
+    if os.getppid() != parent_pid:  # the parent ended before prctl took effect
         sys.exit("the parent process has ended")
     os.execv(command[0], command)  # noqa: S606 - replacing this process is the purpose
 

@@ -19,7 +19,7 @@ START_TIMEOUT_SECONDS: Final = 8.0
 LAST_FLUSH_SECONDS: Final = 1.0
 
 
-async def started_topics(settings: Settings) -> dict[str, TopicFacts]:
+async def find_topics(settings: Settings) -> dict[str, TopicFacts]:
     """Return what the declared topics are, by role, for a process that starts.
 
     Raises:

@@ -77,7 +77,7 @@ async def run_serve(settings: Settings) -> None:
         following = asyncio.create_task(_follow(listener, table))
         following.add_done_callback(lambda _: stop.set())
         host, port = listening.getsockname()[:2]
-        _log.info("serve_started", url=f"http://{host}:{port}/", token="asked for" if settings.serve_token else "none")
+        _log.info("serve_started", url=f"http://{host}:{port}/", token="required" if settings.serve_token else "none")
         await serve(server, listening, stop)
         if following.done():
             following.result()

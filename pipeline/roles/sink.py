@@ -22,7 +22,7 @@ from pipeline.postgres.migrations import require_defaults, require_schema
 from pipeline.postgres.store import Store
 from pipeline.replay.refill import refill
 from pipeline.roles.process import on_stop_signals, tune_garbage_collector
-from pipeline.roles.role import LAST_FLUSH_SECONDS, started_topics, watch_lag
+from pipeline.roles.role import LAST_FLUSH_SECONDS, find_topics, watch_lag
 from pipeline.settings import SHUTDOWN_SECONDS, Settings
 from pipeline.sink import BatchConsumer, BatchesTopic, Sink, TableWatch
 
@@ -41,7 +41,7 @@ async def run_sink(settings: Settings) -> None:
         ConfigError, TopicMismatch, SchemaMismatch, ServiceUnavailable: it could not start.
         PipelineError: it failed; what it had not applied stays in Kafka.
     """
-    batches = (await started_topics(settings))["batches"]
+    batches = (await find_topics(settings))["batches"]
     store = await _open_store(settings)
     publisher = Publisher(settings.client_config())
     registry = CollectorRegistry()
@@ -129,14 +129,20 @@ def _why_not_ready(consumer: BatchConsumer, sink: Sink, table: TableWatch) -> st
         return "the table was emptied, and is being refilled"
     if not consumer.is_assigned:
         return "no partitions are assigned, or Postgres has not said where to start"
-    return "Postgres is down; batches are held back" if sink.is_holding else None
+    return "Postgres can't take batches; they are held back" if sink.is_holding else None
 
 
 async def _refill(settings: Settings) -> bool:
     summary = await refill(settings)
     if summary is None:
         return False
-    _log.info("table_refilled", rows=summary.changed, pairs=summary.pairs, records=summary.records)
+    _log.info(
+        "table_refilled",
+        rows=summary.changed,
+        pairs=summary.pairs,
+        records=summary.records,
+        refused=summary.refused,
+    )
     return True
 
 

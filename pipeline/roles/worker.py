@@ -16,7 +16,7 @@ from pipeline.kafka.topics import Incarnation
 from pipeline.monitoring.health import Heartbeat, exit_when_stuck, serve_health
 from pipeline.monitoring.metrics import WorkerMetrics
 from pipeline.roles.process import on_stop_signals, tune_garbage_collector
-from pipeline.roles.role import LAST_FLUSH_SECONDS, started_topics, watch_lag
+from pipeline.roles.role import LAST_FLUSH_SECONDS, find_topics, watch_lag
 from pipeline.settings import Settings
 from pipeline.worker import Worker
 
@@ -33,7 +33,7 @@ async def run_worker(settings: Settings) -> None:
         ConfigError, TopicMismatch, ServiceUnavailable: it could not start.
         PipelineError: it failed; nothing unsafe was committed.
     """
-    topics = await started_topics(settings)
+    topics = await find_topics(settings)
     events = topics["events"]
     registry = CollectorRegistry()
     metrics = WorkerMetrics(registry, settings.events_topic)

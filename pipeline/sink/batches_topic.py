@@ -1,4 +1,4 @@
-"""The batches topic as Postgres knows it: where to start, and the check that it is still the topic that was read."""
+"""Where to start in the batches topic, and the check before each write that it is still the topic that was read."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Final
 
 import structlog
 
-from pipeline.errors import ServiceUnavailable, TopicMismatch
+from pipeline.errors import ANSWER_SECONDS, ServiceUnavailable, TopicMismatch
 from pipeline.kafka.topics import Incarnation, TopicFacts, require_topics
 from pipeline.postgres.progress import PartitionId, Received
 from pipeline.postgres.store import Applied, Reject, Store
 from pipeline.settings import Settings
 
-_ANSWER_SECONDS: Final = 8.0
 _RETRY_SECONDS: Final = 1.0
 
 _log = structlog.get_logger(__name__)
@@ -41,7 +40,7 @@ class BatchesTopic:
             try:
                 # Asked each time: the topic may have been deleted and recreated since.
                 topics = await require_topics(
-                    self._settings.client_config(), self._settings.declared_topics(), timeout_s=_ANSWER_SECONDS
+                    self._settings.client_config(), self._settings.declared_topics(), timeout_s=ANSWER_SECONDS
                 )
                 self._topic_id = topics["batches"].topic_id
                 return await self._store.next_offsets(self._topic_id, partitions)

@@ -81,7 +81,7 @@ class BatchConsumer:
         return self._thread.is_paused
 
     def seconds_out_of_group(self) -> float:
-        """Return for how long the group has not counted this consumer in, with partitions or without; from any thread.
+        """Return how long this consumer has been out of its group, with partitions or without; from any thread.
 
         After a broker's restart librdkafka may never find its coordinator again: its own requests time out unsent.
         """

@@ -85,7 +85,7 @@ class ConsumerThread:
         self._calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         self._locating: concurrent.futures.Future[Mapping[int, int]] | None = None
         self._expected: dict[int, int] = {}  # the lowest offset that may come next, by partition
-        # Written on the event loop, read here.
+        # Written on the event loop, read here; a commit that is lost in between is followed by others.
         self.buffered_bytes = 0
         self._committable: dict[int, int] = {}
         # Written here, read from any thread.
@@ -95,7 +95,7 @@ class ConsumerThread:
         self.out_of_group_since: float | None = time.monotonic()  # None: a member
 
     async def call(self, function: Callable[[Consumer], T]) -> T:
-        """Run a function of the consumer in this thread; in another it would wait for consume(), which waits for it.
+        """Run a function in the consumer's thread; in any other it would wait behind poll().
 
         Raises:
             ServiceUnavailable: the consumer has ended.

@@ -24,7 +24,7 @@ from pipeline.postgres.store import Applied
 from pipeline.sink.batches_topic import BatchesTopic
 from pipeline.sink.consumer import BatchConsumer, buffered_bytes
 
-# Waiting batches are merged up to this many entries a transaction: enough for dedup after an outage, and short
+# Waiting batches are merged into transactions of up to this many entries: enough for dedup after an outage, and short
 # enough, at some 100,000 rows a second, to keep locks brief.
 MAX_ENTRIES_PER_TRANSACTION: Final = 10_000
 # Backoff while Postgres is unavailable: random between 0 and a ceiling that doubles from the first to the second.
@@ -36,7 +36,7 @@ _log = structlog.get_logger(__name__)
 
 
 class Sink:
-    """One writer task a partition, so that partitions don't wait for each other."""
+    """One writer task per partition, so that partitions don't wait for each other."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Sink:
 
     @property
     def held_seconds(self) -> float:
-        """For how long batches have been held back now; 0 if they are not."""
+        """How long batches have been held back; 0 if they are not."""
         return 0.0 if self._held_since is None else time.monotonic() - self._held_since
 
     def positions(self) -> Mapping[int, Position]:
@@ -107,7 +107,7 @@ class Sink:
     async def drain(self, timeout_seconds: float) -> bool:
         """Wait until everything that Kafka holds at this moment is applied; false if that takes too long.
 
-        What is left stays in Kafka. While Postgres is down, or once a writer has failed, there is nothing to wait for.
+        What is left stays in Kafka. While Postgres can't take batches, or once a writer has failed, it returns at once.
         """
         deadline = time.monotonic() + timeout_seconds
         try:
@@ -119,7 +119,11 @@ class Sink:
             if any(writer.done() for writer in self._writers.values()):
                 return False
             if self.is_holding or time.monotonic() > deadline:
-                why = "Postgres is down" if self.is_holding else f"not all was applied within {timeout_seconds:g} s"
+                why = (
+                    "Postgres can't take them"
+                    if self.is_holding
+                    else f"not all was applied within {timeout_seconds:g} s"
+                )
                 _log.warning("batches_left_unapplied", why=why, advice="they wait in Kafka for the next start")
                 return False
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
@@ -152,7 +156,7 @@ class Sink:
             self._consumer.commit(partition, messages[-1].offset() + 1)
 
     def _drop_beyond(self, waiting: deque[Message], expected: int) -> None:
-        """Drop what arrived before the consumer had gone back: it comes again, behind what is missing."""
+        """Drop what arrived before the consumer went back: it comes again, after what is missing."""
         while waiting and waiting[0].offset() > expected:
             self._consumer.release(buffered_bytes([waiting.popleft()]))
 
@@ -203,7 +207,7 @@ class Sink:
         return messages, received
 
     async def _reject(self, partition: int, row: Row, error: RowRejected) -> Awaitable[None]:
-        _log.warning("row_rejected", agent_id=row.agent_id, sqlstate=error.sqlstate)
+        _log.warning("row_rejected", agent_id=row.agent_id, key=row.key, error=str(error), sqlstate=error.sqlstate)
         return await self._dead_letters.write_row(partition, row, error)
 
     def _hold(self, state: tenacity.RetryCallState) -> None:

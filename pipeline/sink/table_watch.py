@@ -11,7 +11,7 @@ import structlog
 from pipeline.errors import PipelineError
 
 CHECK_SECONDS: Final = 2.0
-# After an error that retrying does not mend, such as a missing right.
+# After an error that retrying does not fix, such as a missing right.
 _PAUSE_SECONDS: Final = 30.0
 
 _log = structlog.get_logger(__name__)
@@ -24,7 +24,7 @@ class TableWatch:
     """
 
     def __init__(self, is_emptied: Callable[[], Awaitable[bool]], refill: Callable[[], Awaitable[bool]]) -> None:
-        self._is_emptied = is_emptied
+        self._ask_postgres = is_emptied
         self._refill = refill
         self.is_emptied = False
 
@@ -41,7 +41,7 @@ class TableWatch:
             await asyncio.sleep(pause)
 
     async def _check(self) -> None:
-        if not await self._is_emptied():
+        if not await self._ask_postgres():
             self.is_emptied = False
             return
         if not self.is_emptied:

@@ -15,7 +15,7 @@ from pipeline.settings import Settings
 from pipeline.worker.table import LatestTable, LatestTables
 from pipeline.worker.transport import ChunkApp
 
-# Chunks that may wait in the stream: each has some thousand records, or one record however large.
+# Chunks that may wait in the stream: each has a few thousand records, or one record however large.
 _STREAM_BUFFER_CHUNKS: Final = 16
 _YEAR_SECONDS: Final = 31_536_000
 

@@ -63,11 +63,12 @@ class SourcePartition:
         self._appended_at = 0.0
         self._agent_ids = AgentIds()
         self._closed: deque[ClosedWindow] = deque()  # not acknowledged by Kafka yet
+        self._max_waiting = MAX_WAITING
         self._changed = asyncio.Condition()
-        self._is_ending = False
+        self._is_stopping = False
         now = clock.now()
         self.window: OpenWindow = windows.open(now, self._agent_ids)
-        self._end = windows.full_end(now)
+        self._closes_at = windows.full_end(now)
         self._flushing = asyncio.create_task(self._flush())
         self._tasks = [asyncio.create_task(self._close_by_clock()), self._flushing]
         for task in self._tasks:
@@ -76,11 +77,11 @@ class SourcePartition:
     @property
     def is_held(self) -> bool:
         """Tell whether it takes no records now, because closed windows wait for Kafka's acknowledgement."""
-        return len(self._closed) > MAX_WAITING
+        return len(self._closed) > self._max_waiting
 
     @property
     def unacknowledged_since(self) -> float | None:
-        """When the oldest window closed that Kafka has not acknowledged yet, by this partition's clock."""
+        """When the oldest window closed that Kafka has not acknowledged yet, in seconds since the Unix epoch."""
         closed = tuple(self._closed)  # a scrape reads it from another thread
         return closed[0].end if closed else None
 
@@ -91,7 +92,7 @@ class SourcePartition:
         return Position(next_offset, next_offset, self._appended_at)
 
     async def take(self, chunk: Chunk) -> None:
-        """Fold a chunk, unless an earlier one is missing before it; waits while too many windows are not safe yet.
+        """Fold a chunk, unless records before it are missing; waits while too many windows are not safe yet.
 
         Raises:
             TopicMismatch: the topic was deleted and recreated; a new start reads it from its beginning.
@@ -105,7 +106,6 @@ class SourcePartition:
         last: Record | None = None
         for records in chunk.slices():
             await self._fold(records)
-            self._metrics.records.inc(len(records))
             last = records[-1]
         self._next_offset = chunk.next_offset
         if last is not None:
@@ -115,7 +115,7 @@ class SourcePartition:
             has_read_backlog = chunk.start < self._backlog_end
             self._backlog_end = None
             if has_read_backlog:
-                await self._close_caught_up()
+                await self._close_after_backlog()
 
     async def finish(self, reason: Reason) -> None:
         """Take no more records, close the open window, and return when everything is delivered, or can't be."""
@@ -163,14 +163,15 @@ class SourcePartition:
 
     async def _fold(self, records: Sequence[Record]) -> None:
         index = 0
-        while index < len(records) and not self._is_ending:
+        while index < len(records) and not self._is_stopping:
             index = self.window.fold(records, index)
             if self.window.is_full:
-                self._end = self._windows.full_end(self._clock.now())
+                self._closes_at = self._windows.full_end(self._clock.now())
                 await self._close("capacity")
+        self._metrics.records.inc(index)
 
     def _observe_produced(self, record: Record) -> None:
-        """Sample how old a report was when Kafka had it: one a chunk, as the fold has no time for more."""
+        """Sample how old a report was when Kafka had it: one per chunk, as the fold has no time for more."""
         try:
             collected_at = parse_report(record.value or b"").collected_at
         except PARSE_ERRORS:
@@ -179,12 +180,13 @@ class SourcePartition:
             collected_at_s = timestamp_us(collected_at) / 1e6
             self._metrics.freshness.observe("produced", collected_at=collected_at_s, at=record.timestamp / 1000)
 
-    async def _close_caught_up(self) -> None:
-        """Close the open window before its time: what waited in the topic has waited long enough."""
-        if self._is_ending:
-            return
-        self._end = self._windows.aligned_end(self._tp.partition, self._clock.now())
-        await self._close("scheduled")
+    async def _close_after_backlog(self) -> None:
+        """Close the open window before its time: what waited in the topic has waited long enough.
+
+        The next window ends when this one would have.
+        """
+        if not self._is_stopping:
+            await self._close("scheduled")
 
     async def _close(self, reason: Reason) -> None:
         now = self._clock.now()
@@ -193,18 +195,18 @@ class SourcePartition:
         if closed.last < closed.first:
             return
         self._closed.append(closed)
-        most = 0 if closed.is_heavy else MAX_WAITING
+        self._max_waiting = 0 if closed.is_heavy else MAX_WAITING
         async with self._changed:
             self._changed.notify_all()
-            await self._changed.wait_for(lambda: len(self._closed) <= most or self._is_ending)
+            await self._changed.wait_for(lambda: not self.is_held or self._is_stopping)
 
     async def _close_by_clock(self) -> None:
-        while not self._is_ending:
-            end = self._end
-            await self._clock.sleep_until(end)
-            # An early close moves the end; a sleep may wake a hair early.
-            if end == self._end and self._clock.now() >= end and not self._is_ending:
-                self._end = self._windows.aligned_end(self._tp.partition, self._clock.now())
+        while not self._is_stopping:
+            closes_at = self._closes_at
+            await self._clock.sleep_until(closes_at)
+            # Sleep again if a close at capacity has moved the end, or if the sleep was a hair too short.
+            if closes_at == self._closes_at and self._clock.now() >= closes_at and not self._is_stopping:
+                self._closes_at = self._windows.aligned_end(self._tp.partition, self._clock.now())
                 await self._close("scheduled")
 
     async def _flush(self) -> None:
@@ -221,7 +223,7 @@ class SourcePartition:
             await self._changed.wait_for(lambda: not self._closed)
 
     async def _stop_taking(self) -> None:
-        self._is_ending = True
+        self._is_stopping = True
         async with self._changed:
             self._changed.notify_all()
 

@@ -16,7 +16,7 @@ class LatestTable(faust.Table):
     """Latest entry per (agent_id, key) since each partition's window opened; a read-only mapping for Faust.
 
     Faust's own windowed table sends a changelog record per set and closes windows for one partition only. This one
-    needs no changelog: source offsets are committed after the window's batch is safe, so the source topic is it.
+    needs none: source offsets are committed after the window's batch is safe, so the source topic is the changelog.
     """
 
     def __init__(self, app: faust.App, *, sources: Mapping[int, SourcePartition], **kwargs: Any) -> None:

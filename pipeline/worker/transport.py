@@ -1,6 +1,6 @@
 """A Faust transport that delivers one event per chunk of a partition's records, instead of one per record.
 
-Faust spends about 80 microseconds on each event. Fed with chunks of some thousand records it spends them on the chunk.
+Faust spends about 80 microseconds on each event. Fed with chunks of a few thousand records it spends them on the chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from faust.types import TP, ConsumerMessage
 
 from pipeline.kafka.chunks import Chunk, fetch_in_chunks
 
-# What is committed with an offset: which incarnation of the topic it is of.
+# Committed with an offset: which incarnation of the topic it belongs to.
 _NOTE: Final = "topic_id:"
 _SOONER_SECONDS: Final = 5.0
 
@@ -50,7 +50,10 @@ class ChunkConsumerThread(driver.AIOKafkaConsumerThread):
         return True
 
     async def seek_to_committed_for(self, topic_id: str) -> dict[TP, int]:
-        """Seek to what is committed, to the beginning where nothing is or a note names another topic; return where."""
+        """Seek each partition to its committed offset and return the offsets.
+
+        Without a committed offset, or with one that is noted to be of another incarnation, that is the beginning.
+        """
         consumer = self._ensure_consumer()
         assignment = consumer.assignment()
         committed = await consumer._coordinator.fetch_committed_offsets(list(assignment))

@@ -1,7 +1,6 @@
-"""The worker: a Faust app that folds reports into windows and publishes each closed window as batches.
+"""The worker: a Faust app whose partitions fold reports into windows; it publishes closed windows and commits.
 
-Why nothing is lost: all parts of a window are published, Kafka acknowledges them, and only then are the source offsets
-it stands for committed.
+When a window closes is decided in partition.py.
 """
 
 from __future__ import annotations
@@ -36,7 +35,8 @@ from pipeline.worker.transport import ChunkConsumer, ChunkSchema
 
 # Offsets of safe windows are committed together this often; what a crash repeats meanwhile is skipped by the sink.
 COMMIT_INTERVAL_SECONDS: Final = 1.0
-# A group that no one else is in gives partitions within a second, and one that rebalances within three.
+# How long a stop waits for a start under way. A group without other members assigns partitions within a second, one
+# that rebalances within three.
 _START_SECONDS: Final = 5.0
 _REFUSALS: Final = (GroupAuthorizationFailedError, TopicAuthorizationFailedError)
 
@@ -129,7 +129,7 @@ class Worker:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         self._failure = self._failure or self.app.crash_reason
         if self._failure is None:
-            await asyncio.wait([starting], timeout=_START_SECONDS)  # what is half started stops badly
+            await asyncio.wait([starting], timeout=_START_SECONDS)  # a half-started app does not stop cleanly
         for task in (starting, upkeep, *waits):
             task.cancel()
         try:
@@ -201,7 +201,7 @@ class Worker:
         Raises:
             TopicMismatch: the topic is not the one that this worker began with.
         """
-        await self._abandon(self._partitions)  # of a rebalance that another one overtook
+        await self._abandon(self._partitions)  # left over from a rebalance that was superseded
         generation, assigned = app.consumer_generation_id, app.consumer.assignment()
         topic_id = await self._incarnation.topic_id()
         if topic_id is None:  # aiokafka would look for it again in five minutes

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 import pipeline.listener
-from pipeline.core.agent_ids import NOTIFY_CHANNEL, encode_agent_id
+from pipeline.core.notify import NOTIFY_CHANNEL, encode_agent_id
 from pipeline.errors import ConfigError
 from pipeline.listener import MetadataListener
 from pipeline.local import PackagedPostgres

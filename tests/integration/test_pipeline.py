@@ -8,8 +8,8 @@ import asyncpg
 import pytest
 from confluent_kafka import Producer
 
-from pipeline.core.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.core.batch import decode_batch
+from pipeline.core.notify import NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.kafka.publisher import Publisher
 from pipeline.kafka.topics import create_topics, load_topic_specs
 from tests.support.deployment import consume_all, eventually, flatten

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pipeline.core.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
+from pipeline.core.notify import NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.publisher import Publisher
 from pipeline.kafka.topics import Incarnation, load_topic_specs, require_topics

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.agent_ids import MAX_PAYLOAD_BYTES, decode_agent_ids, encode_agent_id_chunks
 from pipeline.core.batch import MAX_COLUMNS_BYTES, Row, Source, WindowSpan, decode_batch, encode_batch, merge, split
+from pipeline.core.notify import MAX_PAYLOAD_BYTES, decode_agent_ids, encode_agent_id_chunks
 from pipeline.core.record import KafkaRecord
 from pipeline.core.report import (
     MAX_ERROR_BYTES,

@@ -18,7 +18,7 @@ GOOD = encode_report(Report(AGENT, [Entry("cpu", "12%"), Entry("mem", "1 GB")], 
 
 NO_JSON = "no JSON: undecodable bytes, a BOM, trailing garbage, a cut; a record without a value"
 NO_REPORT = "no report: wrong types, null, no `agent_id` or `entries`, nested too deeply"
-NO_UUID = "an `agent_id` that is no UUID"
+NO_UUID = "an `agent_id` that is not a UUID"
 NO_TIME = "a time without an offset, or in no year from 1 to 9999"
 LONG_KEY = "a key over 127 characters"
 MANY_KEYS = "keys of more than 6,144 bytes together"

@@ -6,7 +6,7 @@ import uuid
 import pytest
 
 import pipeline.listener
-from pipeline.core.agent_ids import encode_agent_id
+from pipeline.core.notify import encode_agent_id
 from pipeline.listener import MetadataListener
 from pipeline.testing import settle
 

@@ -170,7 +170,7 @@ def test_override_of_none_leaves_the_environment(monkeypatch):
 
 
 def test_override_with_a_name_that_is_no_setting_is_refused():
-    with pytest.raises(ConfigError, match="patritions is no setting; did you mean partitions"):
+    with pytest.raises(ConfigError, match="patritions is not a setting; did you mean partitions"):
         load_settings(patritions=3)
 
 
@@ -198,7 +198,7 @@ def test_file_wins_over_defaults_and_the_environment_over_the_file(monkeypatch, 
     ("text", "complaint"),
     [
         ("partitions = 0", "AGENT_METADATA_PARTITIONS=0: must be a whole number from 1 to 1024"),
-        ("partitons = 3", "partitons is no setting; did you mean partitions?"),
+        ("partitons = 3", "partitons is not a setting; did you mean partitions?"),
         ("partitions = ", "is not TOML"),
     ],
 )
@@ -216,7 +216,7 @@ def test_missing_file_is_refused(config_file):
 
 def test_unknown_variable_is_refused_with_the_nearest_known_one(monkeypatch):
     monkeypatch.setenv("AGENT_METADATA_WINDOW_SECONDS_", "1")
-    with pytest.raises(ConfigError, match="is no setting; did you mean AGENT_METADATA_WINDOW_SECONDS"):
+    with pytest.raises(ConfigError, match="is not a setting; did you mean AGENT_METADATA_WINDOW_SECONDS"):
         load_settings()
 
 

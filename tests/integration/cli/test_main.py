@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from pipeline.core.agent_ids import NOTIFY_CHANNEL, encode_agent_id_chunks
+from pipeline.core.notify import NOTIFY_CHANNEL, encode_agent_id_chunks
 from pipeline.local.deployment import Deployment
 from tests.support.coder import CODERS_TABLES
 

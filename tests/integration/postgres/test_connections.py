@@ -18,7 +18,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from pipeline.core.agent_ids import NOTIFY_CHANNEL, encode_agent_id_chunks
+from pipeline.core.notify import NOTIFY_CHANNEL, encode_agent_id_chunks
 from tests.support.debian_services import pgbouncer
 from tests.support.deployment import DEADLINE_SECONDS, Deployment, eventually
 

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 import asyncpg
 import pytest
 
-from pipeline.core.agent_ids import MAX_IDS_PER_PAYLOAD, NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.core.batch import Batch, Row, Source, WindowSpan
+from pipeline.core.notify import MAX_IDS_PER_PAYLOAD, NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.errors import ConfigError, FlushFailed, ProgressGap, SchemaMismatch, ServiceUnavailable
 from pipeline.postgres import store as store_module
 from pipeline.postgres.errors import translated_errors

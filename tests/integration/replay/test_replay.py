@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from pipeline.core.agent_ids import NOTIFY_CHANNEL, decode_agent_ids
+from pipeline.core.notify import NOTIFY_CHANNEL, decode_agent_ids
 from pipeline.kafka.topics import load_topic_specs
 from pipeline.local import MockBroker
 from tests.support.deployment import NONESUCH_MISSING, Deployment, eventually

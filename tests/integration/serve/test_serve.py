@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from pipeline.core.agent_ids import NOTIFY_CHANNEL, encode_agent_id
+from pipeline.core.notify import NOTIFY_CHANNEL, encode_agent_id
 from pipeline.local.process import free_port
 from tests.support.deployment import eventually
 from tests.support.serving import get, watching

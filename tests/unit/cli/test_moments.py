@@ -31,7 +31,7 @@ def test_moment_is_rfc_3339_or_an_age_or_now(text, moment):
     "text", ["", "yesterday", "2h", "-2h ago", "2024-13-01T00:00:00Z", "2 months ago", "9" * 20 + "d ago"]
 )
 def test_anything_else_is_refused_with_the_option_and_an_example(text):
-    with pytest.raises(ConfigError, match=r"^--from .* is no time: write RFC 3339 \(2024-01-02T03:04:05Z\)"):
+    with pytest.raises(ConfigError, match=r"^--from .* is not a time: write RFC 3339 \(2024-01-02T03:04:05Z\)"):
         parse_moment(text, NOW, option="--from")
 
 

@@ -229,9 +229,11 @@ async def test_take_waits_for_large_rejected_records_to_be_safe_before_it_takes_
     taking = asyncio.create_task(take(partition, *garbage))
     await settle()
     assert not taking.done()
+    assert partition.is_held
     outlet.open.set()
     await taking
     assert outlet.seen() == [("capacity", 0, 0, 0), ("capacity", 1, 1, 0)]
+    assert not partition.is_held
 
 
 async def test_abandon_while_kafka_is_away_lets_the_reader_go(make):
@@ -292,8 +294,11 @@ async def test_chunk_of_a_recreated_topic_is_refused(make):
         await take(partition, *reports(0))
 
 
-async def test_backlog_is_delivered_as_soon_as_it_is_read(make):
+async def test_backlog_is_delivered_as_soon_as_it_is_read(make, clock):
+    await clock.advance(1)
     partition, outlet = make(backlog_end=2)
+    await settle()
+    await clock.advance(2)
     await take(partition, *reports(0))
     await settle()
     assert outlet.seen() == []
@@ -301,5 +306,7 @@ async def test_backlog_is_delivered_as_soon_as_it_is_read(make):
     await settle()
     assert outlet.seen() == [("scheduled", 0, 1, 2)]
     await take(partition, *reports(2))
-    await settle()
+    await clock.advance(2.9)
     assert len(outlet.windows) == 1
+    await clock.advance(0.1)  # where the first window would have ended
+    assert outlet.seen()[1:] == [("scheduled", 2, 2, 1)]

@@ -2,7 +2,7 @@ import uuid
 
 import pytest
 
-from pipeline.core.agent_ids import decode_agent_ids, encode_agent_id, encode_agent_id_chunks
+from pipeline.core.notify import decode_agent_ids, encode_agent_id, encode_agent_id_chunks
 from pipeline.errors import DecodeError
 
 
