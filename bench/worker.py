@@ -124,7 +124,7 @@ def ours(topic: str, servers: str, entries: int, entries_a_report: int, batches:
 
         async def stop_at_the_end() -> None:
             while folded_records() < entries / entries_a_report:
-                await asyncio.sleep(0.002)
+                await asyncio.sleep(0.005)
             worker.stop()
 
         stopping = asyncio.create_task(stop_at_the_end())

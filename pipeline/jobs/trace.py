@@ -154,7 +154,7 @@ def _dead_letter(reader: RangeReader, partitions: range, source: str, event: Eve
         for message in _since(reader, partition, event.appended_at):
             letter = dead_letter_of(message)
             if letter.source == source or (letter.stage == "sink" and _is_same_time(search.event(message), event)):
-                return letter.failure_headers.get("exception.message", "")
+                return letter.reason
     return None
 
 
