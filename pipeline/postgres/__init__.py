@@ -1,8 +1,9 @@
 """Everything that is asked of Postgres; knows no stage and no Settings.
 
-store.py        the transaction: guarded rows, progress and NOTIFY
-progress.py     which batches are applied already
-epoch.py        whether the table was emptied
-errors.py       SQLSTATEs as errors of ours: retry, dead-letter the row, or stop
-statements.py   the files of sql/
+store.py                        the transaction: guarded rows, progress and NOTIFY
+progress.py                     which batches are applied already
+epoch.py                        whether the table was emptied
+errors.py                       SQLSTATEs as errors of ours: retry, dead-letter the row, or stop
+statements.py, migrations.py    the files of sql/: statements, and the tables
+connections.py                  connections and pools, through PgBouncer too
 """
