@@ -1,4 +1,4 @@
-# `make` alone shows what there is. Needs Python 3.11 or newer and make; everything else is installed into .venv.
+# `make` alone lists the targets. Needs Python 3.11 or newer and make; everything else is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
@@ -48,13 +48,13 @@ bench-end-to-end: .venv/.dev ## From the topic to the table, against a plain pro
 bench-serve: .venv/.dev ## 5,000 event streams of one process
 	$(BIN)/python -m bench.serve
 
-bench-fuzz: .venv/.dev ## Feed the decoders whatever hypothesis comes up with, for 5 minutes; ARGS="--seconds 60"
+bench-fuzz: .venv/.dev ## Feed the decoders input that hypothesis generates, for 5 minutes; ARGS="--seconds 60"
 	$(BIN)/python -m tests.property.fuzz $(ARGS)
 
-chaos: .venv/.dev ## All faults, judged by an oracle that counts, 40 minutes; SCENARIO=worker_killed,sink_frozen SEEDS=3
+chaos: .venv/.dev ## All faults, checked against an oracle, 40 minutes; SCENARIO=worker_killed,sink_frozen SEEDS=3
 	$(BIN)/python -m tests.chaos "$(SCENARIO)" "$(SEEDS)"
 
-bench-replay: .venv/.dev ## The replay against a plain loop and beside live load; the refill
+bench-replay: .venv/.dev ## The replay against a plain loop and alongside live load; the refill
 	$(BIN)/python -m bench.replay
 
 bench-memory: .venv/.dev ## Peak memory of worker and sink with 2,000,000 pairs in flight and a backlog

@@ -1,4 +1,4 @@
--- Purpose: make the table that notes which migrations were applied, if it is not there.
+-- Purpose: create the table that records which migrations were applied, if it does not exist.
 -- Locks: none that others wait for.
 create table if not exists agent_metadata_migrations (
     version integer primary key,

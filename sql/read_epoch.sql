@@ -1,5 +1,5 @@
 -- Purpose: read which file the table has now, and which it had when it was last known to be whole.
--- None then: a crash of Postgres has emptied all UNLOGGED tables. Another: TRUNCATE, or a rewrite as by VACUUM FULL.
+-- If it had none, a crash has emptied all UNLOGGED tables. If another: TRUNCATE, or a rewrite such as VACUUM FULL.
 -- Locks: none.
 select
     pg_relation_filenode(oid) as filenode,

@@ -2,7 +2,7 @@
 -- $1 uuid[] agent ids, $2 text[] keys, $3 bigint[] collected_at in microseconds since the Unix epoch; equally long,
 --    each (agent, key) once. $4 boolean: pairs without a row become rows.
 -- Locks: none.
--- Plan: as update_rows.sql's, held by sql/begin_write.sql.
+-- Plan: as for update_rows.sql, pinned by sql/begin_write.sql.
 select
     count(*) filter (
         where case when held.key is null then $4

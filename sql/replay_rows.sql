@@ -4,7 +4,7 @@
 --    equal times, and must not undo the later one.
 -- $1 to $5: as in update_rows.sql; $6 boolean.
 -- Locks: the rows it writes, in the order of (agent, key), so that two writers don't deadlock.
--- Plan: as update_rows.sql's, held by sql/begin_write.sql.
+-- Plan: as for update_rows.sql, pinned by sql/begin_write.sql.
 with given as (
     select agent_id, key, value, error, timestamptz 'epoch' + us * interval '1 microsecond' as collected_at
     from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bigint[])

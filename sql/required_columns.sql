@@ -1,5 +1,5 @@
 -- Purpose: name the columns that a new row needs besides those that the sink fills.
--- Guard: a domain may bring a default of its own.
+-- Guard: a domain may have a default of its own.
 -- Locks: none.
 select attname
 from pg_attribute join pg_type on pg_type.oid = atttypid

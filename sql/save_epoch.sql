@@ -1,4 +1,4 @@
--- Purpose: note that the table, with this file, is whole.
+-- Purpose: record that the table, with this file, is whole.
 -- $1 oid.
 -- Locks: the row.
 with gone as (delete from agent_metadata_epoch)

@@ -1,4 +1,4 @@
--- Purpose: note how far partitions are applied; it never moves back.
+-- Purpose: record how far partitions are applied; it never moves back.
 -- $1 text[] topic ids, $2 int[] partitions, $3 bigint[] next offsets; equally long.
 -- Locks: the rows, held already by lock_progress.sql.
 update agent_metadata_progress as held

@@ -1,4 +1,4 @@
--- Purpose: compare the table of the search path (the shadow) with that of another schema (the live one), pair by pair.
+-- Purpose: compare the table of the search path (the shadow) with that in another schema (the live one), pair by pair.
 -- live_schema is replaced by the other schema's quoted name. $1 double precision: pairs that changed on either side in
 --    this many seconds are not compared, as the change may be on its way. $2 integer: names at most this many pairs.
 -- A pair that was declared and never reported has no value, and is not a difference.

@@ -4,7 +4,7 @@
 -- $1 uuid[] agent ids, $2 text[] keys, $3 text[] values, $4 text[] errors, $5 bigint[] collected_at in microseconds
 --    since the Unix epoch; equally long, each (agent, key) once, sorted by it.
 -- Locks: the rows it changes, in the order of (agent, key), so that two writers don't deadlock.
--- Plan: nested loop over the primary key, held by sql/begin_write.sql; a hash join would read the whole table.
+-- Plan: nested loop over the primary key, pinned by sql/begin_write.sql; a hash join would read the whole table.
 with changed as (
     update workspace_agent_metadata as held
     set value = new.value, error = new.error, collected_at = new.collected_at

@@ -238,7 +238,7 @@ async def test_token_is_asked_for_until_it_is_right(page):
         await expect(page.locator("#login")).to_be_visible()
         await page.fill("#token", "wrong")
         await page.keyboard.press("Enter")
-        await expect(page.locator("#login-error")).to_have_text("That token is not the right one.")
+        await expect(page.locator("#login-error")).to_have_text("This token is wrong.")
         await page.fill("#token", "s3cret")
         await page.keyboard.press("Enter")
         await expect(cell(page, A1, 0)).to_have_text("12%")

@@ -16,10 +16,10 @@ YEAR_1 = datetime.min.replace(tzinfo=UTC)
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 GOOD = encode_report(Report(AGENT, [Entry("cpu", "12%"), Entry("mem", "1 GB")], T0))
 
-NO_JSON = "no JSON: undecodable bytes, a BOM, trailing garbage, a cut; a record without a value"
-NO_REPORT = "no report: wrong types, null, no `agent_id` or `entries`, nested too deeply"
+NO_JSON = "not JSON: undecodable bytes, a BOM, trailing garbage, truncation; a record without a value"
+NO_REPORT = "not a report: wrong types, null, no `agent_id` or `entries`, nested too deeply"
 NO_UUID = "an `agent_id` that is not a UUID"
-NO_TIME = "a time without an offset, or in no year from 1 to 9999"
+NO_TIME = "a time without an offset, or outside the years 1 to 9999"
 LONG_KEY = "a key over 127 characters"
 MANY_KEYS = "keys of more than 6,144 bytes together"
 LONG_TEXT = "a value or error over 2,048 bytes"

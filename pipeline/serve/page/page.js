@@ -3,7 +3,7 @@
 
 const MOST_KEY_COLUMNS = 12; // further keys are in an agent's details
 const SPARE_ROWS = 6; // drawn above and below what is in sight
-const SILENCE_MS = 15_000; // the server says something every 5 s
+const SILENCE_MS = 15_000; // the server sends something every 5 s
 const FIRST_RETRY_MS = 500;
 const LONGEST_RETRY_MS = 5_000;
 
@@ -17,16 +17,16 @@ let keys = []; // those with a column
 let shown = []; // the agents that pass the search, in order
 let sort = { by: "agent", isDescending: false };
 let query = "";
-let active = null; // id of the agent under the keyboard
+let active = null; // id of the agent with the keyboard focus
 let opened = null; // id of the agent in the details
-let clockAheadMs = 0; // the server's clock before ours
+let clockAheadMs = 0; // how far the server's clock is ahead of ours
 let pausedAt = null;
 let lastEventId = "";
 let controller = null;
-let generation = 0; // of the stream: a pause ends the one that runs
+let generation = 0; // of the stream: a pause ends the current one
 let token = sessionStorage.getItem("token") ?? "";
 let needsOrder = true;
-let isOrderOld = false; // by changed values: rows move once a second, not under the hand
+let isOrderOld = false; // because values changed: rows move once a second, not under the pointer
 let isDrawing = false;
 
 // ---- the stream ----
@@ -94,7 +94,7 @@ function take(event) {
     keyCounts.clear();
     needsOrder = true;
   }
-  if (!agents.size) needsSummary = true; // the first rows are told at once, others by the second
+  if (!agents.size) needsSummary = true; // the first rows are counted at once, later ones every second
   for (const { agent_id: id, metadata } of changed) {
     let agent = agents.get(id);
     if (!agent) {
@@ -122,8 +122,8 @@ function say(state, text) {
 }
 
 function askForToken() {
-  say("cut", "a token is needed");
-  byId("login-error").textContent = token ? "That token is not the right one." : "";
+  say("cut", "token required");
+  byId("login-error").textContent = token ? "This token is wrong." : "";
   byId("token").value = "";
   if (!byId("login").open) byId("login").showModal();
 }
@@ -295,7 +295,7 @@ function drawRow(element, agent, index, now) {
 }
 
 let rowHeight = 34;
-let needsSummary = true; // it walks all pairs, so a scroll alone does without
+let needsSummary = true; // it walks all pairs, so scrolling alone skips it
 
 function drawNow() {
   isDrawing = false;
@@ -385,12 +385,12 @@ new ResizeObserver(() => {
   draw();
 }).observe(grid);
 
-// A pause lets go of the stream; going on asks for what changed meanwhile.
+// A pause closes the stream; resuming asks for what changed meanwhile.
 function togglePause() {
   const isPaused = pausedAt === null;
   pausedAt = isPaused ? Date.now() + clockAheadMs : null;
   byId("pause").setAttribute("aria-pressed", isPaused);
-  byId("pause").textContent = isPaused ? "Go on" : "Pause";
+  byId("pause").textContent = isPaused ? "Resume" : "Pause";
   if (isPaused) {
     generation += 1;
     controller?.abort();
