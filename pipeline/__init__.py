@@ -10,8 +10,8 @@ An agent's report takes this path; each step is a module or a folder:
     listener.py    MetadataListener.changes: NOTIFY, then the rows as they are now
     serve/         the rows in memory, for any number of browsers
 
-Beside it, replay/ writes a topic's range again. core/ is what they share, without I/O; roles/ are the processes that
-run them, jobs/ what an operator runs once, cli/ the command.
+Besides these, replay/ writes a topic's range again. core/ is what they share, without I/O; roles/ are the processes
+that run them, jobs/ what an operator runs once, cli/ the command.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "MetadataListener", "MetadataProducer"]
 
-# Imported when asked for: their client libraries take 0.8 s, which whoever imports pipeline.testing need not spend.
+# Imported on first use: their client libraries take 0.8 s, which importing pipeline.testing should not cost.
 _MODULES = {
     "Change": "pipeline.listener",
     "MetadataListener": "pipeline.listener",

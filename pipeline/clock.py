@@ -1,4 +1,4 @@
-"""The one source of time, so that tests can bring their own."""
+"""The one source of time, so that tests can supply their own."""
 
 from __future__ import annotations
 

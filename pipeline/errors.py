@@ -10,7 +10,7 @@ ANSWER_SECONDS: Final = 10.0
 
 
 class ExitCode(IntEnum):
-    """What a command ends with; a process that a signal ended has 128 + the signal's number."""
+    """A command's exit code; for a process ended by a signal it is 128 + the signal's number."""
 
     OK = 0
     FAILURE = 1

@@ -1,4 +1,4 @@
-"""MetadataListener: LISTEN, then a snapshot, then changed rows as they are notified; the same again after each cut."""
+"""MetadataListener: LISTEN, then a snapshot, then rows as NOTIFY names them; the same after each lost connection."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class MetadataListener:
     ) -> None:
         """Make a listener of some agents, or of all (None); it connects when `changes` is iterated.
 
-        The URL must lead to Postgres itself, or to a pooler in session mode: in transaction mode LISTEN hears nothing.
+        The URL must point to Postgres, or to a pooler in session mode: in transaction mode LISTEN receives nothing.
         `registry` takes its metrics; `url_setting` is what errors name instead of the URL.
         """
         self._metrics = ListenerMetrics(registry or CollectorRegistry())
@@ -77,7 +77,7 @@ class MetadataListener:
         self._wake = asyncio.Event()
         self._is_cut = False
         self.is_following = False
-        """Whether everything watched was read since the last cut, and changes are heard."""
+        """Whether everything watched was read since the last cut, and changes are received."""
 
     async def changes(self) -> AsyncIterator[Change]:
         """Iterate changes until cancelled, starting with a snapshot and reconnecting as often as it takes.

@@ -1,4 +1,4 @@
-"""MetadataProducer: how an agent, or a program that speaks for agents, reports metadata."""
+"""MetadataProducer: how an agent, or a program that acts for agents, reports metadata."""
 
 from __future__ import annotations
 

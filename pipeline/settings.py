@@ -27,7 +27,7 @@ SHUTDOWN_SECONDS: Final = 15.0
 _TOPIC_NAME: Final = r"^[a-zA-Z0-9._-]{1,249}$"
 _ORIGINS: Final = r"^(https?://[^/,\s]+(,\s*https?://[^/,\s]+)*)?$"
 _IN_WORDS: Final = {
-    _TOPIC_NAME: "must be 1 to 249 of letters, digits, '.', '_' and '-'",
+    _TOPIC_NAME: "must be 1 to 249 letters, digits, '.', '_' or '-'",
     _ORIGINS: "must be origins such as https://example.org, comma separated",
 }
 
@@ -47,7 +47,7 @@ class Settings(KafkaSecurity):
     database_listen_url: SecretStr | None = Field(
         default=None,
         validation_alias="DATABASE_LISTEN_URL",
-        description="for listeners, where DATABASE_URL leads through a pool that can't LISTEN; unset: DATABASE_URL",
+        description="for listeners, where DATABASE_URL goes through a pool that can't LISTEN; unset: DATABASE_URL",
     )
     events_topic: str = Field(default="agent-metadata.events.v1", pattern=_TOPIC_NAME, description="reports of agents")
     batches_topic: str = Field(
@@ -61,11 +61,11 @@ class Settings(KafkaSecurity):
     consumer_group: str = Field(
         default="agent-metadata", min_length=1, description="prefix of the groups -worker and -sink"
     )
-    partitions: int = Field(default=8, ge=1, le=1024, description="of both the events and the batches topic")
+    partitions: int = Field(default=8, ge=1, le=1024, description="of the events topic and of the batches topic")
     window_seconds: float = Field(
         default=5.0, ge=0.1, le=3600, description="length of a tumbling window; metadatabatcher's interval is 5 s"
     )
-    batch_size: int = Field(default=500, ge=1, le=10_000, description="most rows in a batch; metadatabatcher's is 500")
+    batch_size: int = Field(default=500, ge=1, le=10_000, description="most rows per batch; metadatabatcher's is 500")
     window_capacity: int = Field(
         default=50_000,
         ge=1,
@@ -84,7 +84,7 @@ class Settings(KafkaSecurity):
         default=60.0, ge=0, le=86_400, description="how far ahead of the broker's clock an agent's may be"
     )
     session_timeout_seconds: float = Field(
-        default=10.0, ge=1, le=300, description="after which the partitions of a silent worker or sink move to another"
+        default=10.0, ge=1, le=300, description="time after which the partitions of a silent worker or sink move"
     )
     stuck_seconds: float = Field(
         default=120.0,
@@ -93,14 +93,16 @@ class Settings(KafkaSecurity):
         description="how long the event loop may stand still, or records wait unread although Kafka answers, before "
         "/live fails and the process ends to be restarted; three times Kafka's 40 s request timeout",
     )
-    metrics_port: int = Field(default=0, ge=0, le=65_535, description="of /metrics; 0 = off")
+    metrics_port: int = Field(default=0, ge=0, le=65_535, description="port of /metrics; 0 = off")
     metrics_prefix: Literal["agent_metadata_", "coderd_agentapi_metadata_"] = Field(
-        default="agent_metadata_", description="of metadatabatcher's seven metrics; the second is coder's own"
+        default="agent_metadata_", description="prefix of metadatabatcher's seven metrics; the second is coder's own"
     )
     serve_host: str = Field(
         default="127.0.0.1", min_length=1, description="address that `serve` listens on; 0.0.0.0: all"
     )
-    serve_port: int = Field(default=8080, ge=0, le=65_535, description="of the API and the live page; 0 = any free one")
+    serve_port: int = Field(
+        default=8080, ge=0, le=65_535, description="port of the API and the live page; 0 = any free one"
+    )
     serve_token: SecretStr | None = Field(
         default=None, description="bearer token that the API requires; unset or empty: none"
     )
@@ -109,7 +111,7 @@ class Settings(KafkaSecurity):
         pattern=_ORIGINS,
         description="origins (https://host) whose pages may read the API, comma separated; empty: its own page's only",
     )
-    log_format: Literal["console", "json"] = Field(default="console", description="of the log on stderr")
+    log_format: Literal["console", "json"] = Field(default="console", description="format of the log on stderr")
 
     @field_validator("database_url", "database_listen_url")
     @classmethod
@@ -126,13 +128,13 @@ class Settings(KafkaSecurity):
         token = value.get_secret_value() if value else ""
         # Source: RFC 6750, section 2.1.
         if token and not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
-            raise ValueError("may have letters, digits and ._~+/- only, and = at the end")
+            raise ValueError("may contain only letters, digits and ._~+/-, with = at the end")
         return value if token else None
 
     @model_validator(mode="after")
     def _topics_differ(self) -> Settings:
         if len(set(self.topic_names.values())) < len(self.topic_names):
-            raise ValueError("EVENTS_TOPIC, BATCHES_TOPIC and DEAD_LETTER_TOPIC must be three topics")
+            raise ValueError("EVENTS_TOPIC, BATCHES_TOPIC and DEAD_LETTER_TOPIC must be three different topics")
         return self
 
     @classmethod
@@ -256,7 +258,7 @@ def _complaint(item: Any) -> str:
 
 
 def _allowed(name: str) -> str | None:
-    """Say what a setting allows where pydantic's message is partial, or a pattern; None where it is good."""
+    """Say what a setting allows where pydantic's message is incomplete, or a pattern; None where it will do."""
     field = Settings.model_fields[name]
     limits = {limit: getattr(rule, limit) for rule in field.metadata for limit in ("ge", "le") if hasattr(rule, limit)}
     if limits:

@@ -44,7 +44,7 @@ class ManualClock:
 
 
 async def settle(turns: int = 20) -> None:
-    """Let the event loop's tasks run until none of them waits for another only."""
+    """Let the event loop's tasks run until each waits for something other than another task."""
     for _ in range(turns):
         await asyncio.sleep(0)
 

@@ -22,7 +22,7 @@ AgentOption = Annotated[
     str | None, typer.Option("--agent", metavar="UUID", help="Only those of this agent, by the record key.")
 ]
 StageOption = Annotated[
-    str | None, typer.Option("--stage", metavar="STAGE", help="Only those refused by it: worker or sink.")
+    str | None, typer.Option("--stage", metavar="STAGE", help="Only those refused by this stage: worker or sink.")
 ]
 ReasonOption = Annotated[
     str | None, typer.Option("--reason", metavar="TEXT", help="Only those whose reason contains this.")
@@ -37,7 +37,7 @@ def list_letters(
     limit: Annotated[int, typer.Option(metavar="N", min=1, help="Show at most N, the newest.")] = 100,
     as_json: JsonOption = False,
 ) -> None:
-    """List the dead letters, the oldest first. With --json, one line for each and no limit."""
+    """List the dead letters, oldest first. With --json, one line for each and no limit."""
     settings, chosen = command_settings(), _filter(agent, stage, reason)
     shown: deque[DeadLetter] = deque(maxlen=limit)
     count = 0

@@ -36,7 +36,7 @@ app = CommandGroup(
 
 
 def main() -> None:
-    """Run the command line; whatever a user can cause ends in one line on stderr and exit code 1 or 2."""
+    """Run the command line; every error that a user can cause ends in one line on stderr and exit code 1 or 2."""
     try:
         app()
     except ConfigError as error:
@@ -85,7 +85,7 @@ def sink() -> None:
 def serve() -> None:
     """Serve the live page, the HTTP API and event streams. SIGTERM or Ctrl-C stops it cleanly.
 
-    AGENT_METADATA_SERVE_HOST and AGENT_METADATA_SERVE_PORT say where, AGENT_METADATA_SERVE_TOKEN asks for a token.
+    AGENT_METADATA_SERVE_HOST and AGENT_METADATA_SERVE_PORT say where; clients need AGENT_METADATA_SERVE_TOKEN, if set.
     """
     run_job(run_serve(command_settings()))
 

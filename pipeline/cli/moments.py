@@ -18,7 +18,7 @@ def parse_moment(text: str, now: datetime, *, option: str) -> datetime:
     """Parse a moment; ages count back from `now`.
 
     Raises:
-        ConfigError: it is none; the message names the option and shows what is accepted.
+        ConfigError: it is not a moment; the message names the option and shows what is accepted.
     """
     text = text.strip()
     if text.lower() == "now":

@@ -12,8 +12,8 @@ from pipeline.postgres.connections import connected
 from pipeline.postgres.migrations import MigrationStatus, migrate, migration_status
 from pipeline.settings import Settings
 
-topics_app = CommandGroup(help="Create the Kafka topics that topics/*.toml declares, or compare the cluster with them.")
-db_app = CommandGroup(help="Create or update the database's tables by sql/migrations, or see what is missing.")
+topics_app = CommandGroup(help="Create the Kafka topics that topics/*.toml declare, or compare the cluster with them.")
+db_app = CommandGroup(help="Create or update the database's tables from sql/migrations, or see what is missing.")
 
 
 @topics_app.command("create")

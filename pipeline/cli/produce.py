@@ -1,4 +1,4 @@
-"""The command `produce`: reports from stdin, or of simulated agents."""
+"""The command `produce`: reports from stdin, or from simulated agents."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def produce(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Produce reports: those on stdin, one JSON object a line, or those of simulated agents (--agents).
+    """Produce reports: those on stdin, one JSON object per line, or those of simulated agents (--agents).
 
     A line on stdin: {"agent_id": UUID, "entries": [{"key": "cpu", "value": "12%"}]}. "collected_at", in RFC 3339, and
     an entry's "error" are optional. A line that is refused is reported on stderr, and the others are sent.
@@ -94,7 +94,7 @@ def _produce_lines(producer: MetadataProducer) -> dict[str, int]:
             stderr.print(f"line {number}: {error}", markup=False)
             continue
         if not report.entries:
-            counts["empty"] += 1  # nothing is sent, and that is no error: as in coder's agent API
+            counts["empty"] += 1  # nothing is sent, and that is not an error: as in coder's agent API
             continue
         counts["reports" if is_queued else "dropped"] += 1
         counts["entries"] += len(report.entries) if is_queued else 0

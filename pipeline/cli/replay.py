@@ -40,7 +40,7 @@ def replay(
         str | None,
         typer.Option("--from", metavar="TIME", help="Start of the range: RFC 3339, or an age such as '2h ago'."),
     ] = None,
-    end: Annotated[str, typer.Option("--to", metavar="TIME", help="End of the range, itself excluded.")] = NOW,
+    end: Annotated[str, typer.Option("--to", metavar="TIME", help="End of the range, exclusive.")] = NOW,
     agents: Annotated[
         list[str] | None, typer.Option("--agent", metavar="UUID", help="Only this agent's rows; repeat it for more.")
     ] = None,
@@ -50,14 +50,14 @@ def replay(
     source: Annotated[
         ReplaySource | None,
         typer.Option(
-            help="The topic to read: events has every report, batches what the windows kept of them.",
+            help="The topic to read: events has every report; batches has what the windows kept of them.",
             show_default="events",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would change.")] = False,
     rate: Annotated[
         float | None,
-        typer.Option(metavar="N", min=1, help="Read at most N records, and write at most N rows, a second."),
+        typer.Option(metavar="N", min=1, help="Read at most N records, and write at most N rows, per second."),
     ] = None,
     notify: Annotated[
         Literal["off", "final"] | None,
@@ -74,7 +74,7 @@ def replay(
 ) -> None:
     """Read a time range of a topic again, and write the values that are newer than their rows.
 
-    The range is one of arrival times at the broker. No row goes back to an older value, and the live consumer groups
+    The range is in arrival times at the broker. No row goes back to an older value, and the live consumer groups
     are not touched, so a replay is safe at any time, and safe to repeat.
 
     To see what it would do: agent-metadata replay --from '2h ago' --dry-run
@@ -110,10 +110,12 @@ def _new_plan(start: str | None, end: str, source: ReplaySource, only: PairFilte
 
 
 def _require_same(plan: ReplayPlan, source: ReplaySource | None, only: PairFilter, file: Path | None) -> None:
-    """Refuse options that contradict the file; --from and --to are the file's in any case."""
+    """Refuse options that contradict the file; --from and --to always come from the file."""
     asked = (source or plan.source, only if only else plan.only)
     if asked != (plan.source, plan.only):
-        raise ConfigError(f"--resume {file} is of another replay: give the same --source, --agent and --key, or none")
+        raise ConfigError(
+            f"--resume {file} belongs to another replay: give the same --source, --agent and --key, or none"
+        )
 
 
 class _Run:
@@ -174,7 +176,7 @@ class _Run:
         plan = self._plan
         if plan.topic_id != topic.topic_id:
             raise ConfigError(
-                f"--resume {self._file} is of a {plan.topic} that was deleted: delete the file and start again"
+                f"--resume {self._file} belongs to a {plan.topic} that was deleted: delete the file and start again"
             )
         stderr.print(f"resuming: {len(plan.done)} of {len(plan.ranges)} partitions are done", markup=False)
 

@@ -23,7 +23,7 @@ from pipeline.settings import Settings
 
 app = CommandGroup()
 shadow_app = CommandGroup(
-    help="Compare a second table, written beside the one that coder's own batcher writes, before switching over."
+    help="Compare a second table, written alongside the one that coder's own batcher writes, before switching over."
 )
 app.add_typer(shadow_app, name="shadow")
 

@@ -20,7 +20,7 @@ Reason = Literal["scheduled", "capacity", "shutdown", "revoked"]
 BATCH_VERSION: Final = 1
 # Kafka refuses records over 1,048,588 bytes by default; this leaves room for the source, the window and headers.
 MAX_COLUMNS_BYTES: Final = 900_000
-# A character takes at most six bytes of JSON (a control character: \\u001f), and a row 110 besides its texts:
+# A character takes at most six bytes of JSON (a control character: \\u001f), and a row 110 more bytes:
 # the quoted id, a 17-digit time, separators.
 _MAX_JSON_BYTES_PER_CHAR: Final = 6
 _ROW_BYTES: Final = 110

@@ -23,7 +23,7 @@ MIN_TIMESTAMP_US: Final = -62_135_596_800_000_000
 MAX_TIMESTAMP_US: Final = 253_402_300_799_999_999
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-# Spellings of agent ids to remember; at some 200 bytes each 20 MB.
+# Spellings of agent ids to remember; at about 200 bytes each, 20 MB.
 MAX_KNOWN_AGENTS: Final = 100_000
 BACKSLASH: Final = ord("\\")
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"

@@ -19,7 +19,7 @@ class TumblingWindows:
 
     Every partition ends its windows at a phase of its own, so that the database sees an even load. Only the first
     window of a partition, and the one after a close at capacity, last their whole size from their start instead (as
-    metadatabatcher's timer does): what waits in the topic at a start folds into one window.
+    metadatabatcher's timer does): what waits in the topic at startup folds into one window.
 
     Units: `size_seconds` may be a fraction (Faust's own windows take whole seconds only); `capacity` counts unique
     (agent_id, key) pairs.

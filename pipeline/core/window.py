@@ -119,7 +119,7 @@ class OpenWindow:
         Shape: `records` are of one record batch. One that can't be used goes to `rejected`; the others are not
         affected.
         """
-        # The hot loop, one turn an entry: names are local, and what is rare has left for a method.
+        # The hot loop, one turn per entry: names are local, and rare cases are handled in methods.
         agents, known, capacity = self._agents, self._known, self._pairs_allowed
         pairs, count, index, end = self.pairs, self.entries, start, len(records)
         certain = self._certainly_believed(records[start]) if start < end else _NEVER
@@ -147,7 +147,7 @@ class OpenWindow:
             held_by_key = agents.get(agent_id)
             if held_by_key is None:
                 held_by_key = {}
-                if report.entries:  # else ever new agents without entries would fill the memory uncounted
+                if report.entries:  # or new agents without entries would fill the memory uncounted
                     agents[agent_id] = held_by_key
             for entry in report.entries:
                 count += 1
@@ -230,7 +230,7 @@ class OpenWindow:
         """Return an agent's time, or the broker's if the agent gave none or is too far ahead of the broker.
 
         Raises:
-            DecodeError: the record's timestamp can't be used to judge by.
+            DecodeError: the record's timestamp can't be used to judge it.
         """
         if moment is not None:
             if moment <= self._latest_believed(appended_ms):

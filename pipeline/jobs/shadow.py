@@ -47,7 +47,7 @@ async def shadow_diff(connection: Connection, *, live_schema: str, settle_second
             raise ConfigError(f"schema {live_schema} has no workspace_agent_metadata: name coder's schema by --live")
         if tables["live"] == tables["shadow"]:
             raise ConfigError(
-                f"DATABASE_URL leads to the table of {live_schema} itself: add search_path=shadow to it, "
+                f"DATABASE_URL points to the table of {live_schema} itself: add search_path=shadow to it, "
                 "see docs/operating.md"
             )
         query = statement("shadow_diff").replace("live_schema.", f"{tables['live_schema']}.")

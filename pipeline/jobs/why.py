@@ -80,7 +80,7 @@ def explain(trace: Trace) -> tuple[Verdict, str]:
     event, row = trace.event, trace.row
     if event is None:
         if row is None:
-            return "no_event", "the topic has no report of this pair and the table no row: does the agent send it?"
+            return "no_event", "the topic has no report of this pair, and the table has no row: does the agent send it?"
         return "held", "the row's report is no longer in the topic: retention has deleted it"
     if event.refused is not None:
         return "unreadable", f"the newest record that names the agent can't be used: {event.refused}"
@@ -104,7 +104,7 @@ def _waiting(trace: Trace) -> tuple[Verdict, str] | None:
         lag = event.offset - trace.committed + 1
         return (
             "not_closed",
-            f"its window is open or it was not read yet: the worker has {lag} records to commit, this one included",
+            f"its window is open, or it is not read yet: the worker has {lag} records to commit, this one included",
         )
     if batch is not None and trace.applied <= batch.offset:
         return "not_applied", f"the sink has {batch.offset - trace.applied + 1} batches to apply, this one included"

@@ -20,7 +20,7 @@ _NO_TOPIC_ID: Final = "AAAAAAAAAAAAAAAAAAAAAA"
 # cluster between two controllers must not be taken for it, or progress would be kept by topic names from then on.
 _EMBEDDED_CLUSTER_ID: Final = "mockCluster"
 _POLL_SECONDS: Final = 0.05
-# A wait for the cluster is cut into turns of this length, each followed by a look at why nobody has answered.
+# A wait for the cluster is cut into turns of this length, each followed by a check of why nobody has answered.
 _TURN_SECONDS: Final = 1.0
 # Answers to CreateTopics that say nothing about the topic. KafkaError.retriable() knows of transactions only.
 _TRY_AGAIN: Final = (*SILENCE, KafkaError.NOT_CONTROLLER, KafkaError.REQUEST_TIMED_OUT)
@@ -219,11 +219,11 @@ class KafkaAdmin:
             raise self._unavailable(error) from error
 
     def _reconnect_after(self, error: KafkaException) -> ServiceUnavailable:
-        """Return what to raise; if nobody answered, replace the client before the next question.
+        """Return what to raise; if nobody answered, replace the client before the next request.
 
-        After half a minute of a broker's silence librdkafka's (2.16) may wait for its controller for ever, although the
-        broker answers everybody else. A new one takes half a millisecond; other questions to the old one end with
-        _DESTROY.
+        After half a minute of a broker's silence, librdkafka's client (2.16) may wait forever for its controller
+        although the broker answers everybody else. A new one takes half a millisecond; other requests to the old one
+        end with _DESTROY.
         """
         unavailable = self._unavailable(error)
         if code_of(error) in SILENCE and code_of(error) != KafkaError._DESTROY:

@@ -18,7 +18,7 @@ from pipeline.kafka.chunks import FETCH_BYTES, Chunk, fetch_in_chunks
 from pipeline.kafka.range_reader import OffsetRange
 
 _READ_SECONDS: Final = 0.2
-# aiokafka retries for ever; give up after a minute of silence.
+# aiokafka retries forever; give up after a minute of silence.
 _SILENCE_SECONDS: Final = 60.0
 _REFUSALS: Final = (TopicAuthorizationFailedError, ClusterAuthorizationFailedError)
 
@@ -30,7 +30,7 @@ class ChunkReader:
     """
 
     def __init__(self, servers: Sequence[str], security: Mapping[str, Any], topic: str) -> None:
-        """Make a reader; `security` is that of credentials.aiokafka_security."""
+        """Make a reader; `security` is what credentials.aiokafka_security returns."""
         self.topic = topic
         self.position = 0
         self._end = 0
@@ -110,7 +110,7 @@ class ChunkReader:
         return self._slices(fetched.get(self._partition, []))
 
     async def _skip_deleted_records(self) -> None:
-        """Follow aiokafka past records that retention has deleted: no more may follow them."""
+        """Follow aiokafka past records that retention has deleted: there may be none after them."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_READ_SECONDS):
                 self.position = max(self.position, await self._consumer.position(self._partition))

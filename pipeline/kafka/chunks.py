@@ -3,7 +3,7 @@
 What is left per record is aiokafka's own decoder, 0.4 microseconds: a third of what a librdkafka message costs.
 
 Non-obvious: this reads private parts of aiokafka (Fetcher._records, FetchResult._partition_records, PartitionRecords'
-_records and _records_iterator), so its version is pinned and test_aiokafka_contract.py holds each part to it.
+_records and _records_iterator), so its version is pinned and test_aiokafka_contract.py checks each part.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from aiokafka.errors import CorruptRecordException
 
 from pipeline.core.record import Record
 
-# Folding this many records takes some milliseconds: long enough to make Faust's cost per event vanish, short
+# Folding this many records takes a few milliseconds: long enough to make Faust's cost per event vanish, short
 # enough for heartbeats and timers of the same event loop.
 TARGET_RECORDS: Final = 2000
 # Records are decoded this many at a time, right before they are folded: they are still in the processor's cache
 # then, and their memory serves the next ones. Decoding a whole fetch ahead costs three times as much per record.
 RECORDS_PER_SLICE: Final = 500
-# What a fetch asks for of a partition: large enough to keep round trips rare.
+# How many bytes of a partition a fetch asks for: large enough to keep round trips rare.
 FETCH_BYTES: Final = 4 * 1024 * 1024
 # A poll takes at most this many chunks, so that one partition's backlog can't fill the memory.
 MAX_CHUNKS_PER_POLL: Final = 16
@@ -93,5 +93,5 @@ class _ChunkedResults(OrderedDict[Any, Any]):
 
 
 def fetch_in_chunks(consumer: AIOKafkaConsumer) -> None:
-    """Have a consumer's methods return Chunks for records; to be called before it has anything to fetch."""
+    """Have a consumer's methods return Chunks instead of records; to be called before it has anything to fetch."""
     consumer._fetcher._records = _ChunkedResults()

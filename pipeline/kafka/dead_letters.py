@@ -39,7 +39,7 @@ class DeadLetterWriter:
         return await self._publisher.send(self._topic, record.value, key=record.key, headers=headers)
 
     async def write_row(self, partition: int, row: Row, error: RowRejected) -> asyncio.Future[None]:
-        """Write a row that Postgres refuses as a report of one entry, ready to be redriven once its cause is gone."""
+        """Write a row that Postgres refuses as a report of one entry, ready to be redriven once the cause is fixed."""
         headers = dead_letter_headers(
             topic=self._source_topic,
             partition=partition,

@@ -22,7 +22,7 @@ SILENCE: Final = (
     KafkaError._SSL,
     KafkaError._DESTROY,
 )
-# What waiting doesn't cure: librdkafka would keep trying until the time is up.
+# Errors that waiting doesn't fix: librdkafka would keep trying until the time is up.
 _REFUSALS: Final = (KafkaError._AUTHENTICATION, KafkaError._SSL)
 
 _log = structlog.get_logger(__name__)
@@ -59,7 +59,7 @@ class LastError:
 
     @property
     def is_refusal(self) -> bool:
-        """Tell whether the broker and this client don't accept each other, which waiting doesn't cure."""
+        """Tell whether the broker and this client don't accept each other, which waiting doesn't fix."""
         return self._error is not None and self._error.code() in _REFUSALS
 
     def unavailable(self, error: KafkaException) -> ServiceUnavailable:
@@ -69,14 +69,16 @@ class LastError:
         """
         reason: KafkaError = error.args[0]
         if reason.code() == KafkaError._UNSUPPORTED_FEATURE:
-            return ServiceUnavailable(f"Kafka at {self._servers} is too old for this, or an embedded broker, for demos")
+            return ServiceUnavailable(
+                f"Kafka at {self._servers} is too old for this, or is the embedded broker, for demos"
+            )
         if reason.code() not in SILENCE:
             answer = reason.str().removeprefix("Broker: ").rstrip(".")
             return ServiceUnavailable(
                 f"Kafka at {self._servers} answered: {answer}; try again, and check this user's rights"
             )
         cause = self._error or reason
-        # The state of the connection helps those who write clients only.
+        # The state of the connection helps only those who write clients.
         text = re.sub(r" \(after \d+ms in state \w+\)", "", cause.str())
         if cause.code() == KafkaError._AUTHENTICATION:
             text = f"refuses this client: {text}; check AGENT_METADATA_KAFKA_SASL_*"
@@ -84,7 +86,7 @@ class LastError:
             text = f"can't be trusted: {why}"
         else:
             text = (
-                f"can't be reached: {text}; is it up, and the address right? "
+                f"can't be reached: {text}; is it up, and is the address right? "
                 f"Does it speak {self._protocol} (AGENT_METADATA_KAFKA_SECURITY_PROTOCOL)?"
             )
         return ServiceUnavailable(f"Kafka at {self._servers} {text}")

@@ -15,7 +15,7 @@ from pipeline.errors import ANSWER_SECONDS, ConfigError, ServiceUnavailable
 
 _RECORDS_PER_READ: Final = 5000
 _READ_SECONDS: Final = 0.2
-# librdkafka retries for ever; give up after a minute of silence.
+# librdkafka retries forever; give up after a minute of silence.
 _SILENCE_SECONDS: Final = 60.0
 _BUFFER_KILOBYTES: Final = 64 * 1024
 _REFUSALS: Final = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED)
@@ -155,7 +155,7 @@ class RangeReader:
         offsets = self._ask(lambda: self._consumer.offsets_for_times(times, ANSWER_SECONDS))
         for item in offsets:
             if item.error is not None:
-                raise ServiceUnavailable(f"Kafka did not return the offsets at a time: {item.error.str()}")
+                raise ServiceUnavailable(f"Kafka did not return the offsets for a time: {item.error.str()}")
         return {item.partition: item.offset if item.offset >= 0 else marks[item.partition][1] for item in offsets}
 
     def _ask(self, question: Any) -> Any:

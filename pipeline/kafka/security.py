@@ -27,7 +27,7 @@ _Values = Mapping[str, str | SecretStr | None]
 class KafkaSecurity(BaseSettings):
     """Where Kafka is, and how clients and brokers authenticate each other; one set of settings for all clients.
 
-    What can't work together, or names a file that can't be used, is refused when an instance is made.
+    Combinations that can't work, and files that can't be used, are refused when an instance is made.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, populate_by_name=True, extra="forbid")
@@ -38,14 +38,14 @@ class KafkaSecurity(BaseSettings):
         description="host:port of one or more brokers, comma separated",
     )
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
-        default="PLAINTEXT", description="how Kafka is spoken to, as Kafka names it"
+        default="PLAINTEXT", description="how clients talk to Kafka, by Kafka's own names"
     )
     kafka_ssl_cafile: str | None = Field(
-        default=None, description="PEM file of the CAs that are trusted, the token URL's included; unset: the system's"
+        default=None, description="PEM file of the CAs that are trusted, also for the token URL; unset: the system's"
     )
     kafka_ssl_certfile: str | None = Field(default=None, description="PEM file of this client's certificate, for mTLS")
     kafka_ssl_keyfile: str | None = Field(default=None, description="PEM file of its key")
-    kafka_ssl_key_password: SecretStr | None = Field(default=None, description="of an encrypted key")
+    kafka_ssl_key_password: SecretStr | None = Field(default=None, description="password of an encrypted key")
     kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = Field(
         default=None, description="for SASL_SSL and SASL_PLAINTEXT"
     )
@@ -91,19 +91,19 @@ class KafkaSecurity(BaseSettings):
         if not protocol.startswith("SASL"):
             _refuse_useless(
                 {_MECHANISM: mechanism, **password, **oauth, **scope},
-                f"beside {_PROTOCOL}={protocol}: set that to SASL_SSL or SASL_PLAINTEXT, or",
+                f"with {_PROTOCOL}={protocol}: set that to SASL_SSL or SASL_PLAINTEXT, or",
             )
             return
         if mechanism is None:
             raise ValueError(
-                f"{_MECHANISM} is missing beside {_PROTOCOL}={protocol}: "
+                f"{_MECHANISM} is missing with {_PROTOCOL}={protocol}: "
                 "set it to PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 or OAUTHBEARER"
             )
         required, useless = (oauth, password) if mechanism == "OAUTHBEARER" else (password, {**oauth, **scope})
         for variable, value in required.items():
             if not value:
-                raise ValueError(f"{variable} is missing beside {_MECHANISM}={mechanism}: set it")
-        _refuse_useless(useless, f"beside {_MECHANISM}={mechanism}:")
+                raise ValueError(f"{variable} is missing with {_MECHANISM}={mechanism}: set it")
+        _refuse_useless(useless, f"with {_MECHANISM}={mechanism}:")
 
     def _check_files(self) -> None:
         protocol = self.kafka_security_protocol
@@ -114,11 +114,11 @@ class KafkaSecurity(BaseSettings):
             # OAUTHBEARER's token URL has TLS of its own, checked with the same CAs.
             useless = pair if self.kafka_sasl_mechanism == "OAUTHBEARER" else {**ca_file, **pair}
             _refuse_useless(
-                {**useless, **key_password}, f"beside {_PROTOCOL}={protocol}: set that to SSL or SASL_SSL, or"
+                {**useless, **key_password}, f"with {_PROTOCOL}={protocol}: set that to SSL or SASL_SSL, or"
             )
         if bool(self.kafka_ssl_certfile) != bool(self.kafka_ssl_keyfile):
             given, missing = (CERTIFICATE_FILE, KEY_FILE) if self.kafka_ssl_certfile else (KEY_FILE, CERTIFICATE_FILE)
-            raise ValueError(f"{missing} is missing beside {given}: set both; one file may hold both")
+            raise ValueError(f"{missing} is missing with {given}: set both; one file may hold both")
         if not self.kafka_ssl_keyfile:
             _refuse_useless(key_password, f"without {KEY_FILE}:")
 

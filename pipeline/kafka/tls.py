@@ -86,7 +86,7 @@ def _load_client_certificate(context: ssl.SSLContext, certificate_file: str, key
         if error.reason == "KEY_VALUES_MISMATCH":
             raise ValueError(
                 f"{KEY_FILE}={key_file} is not the key of {CERTIFICATE_FILE}={certificate_file}: "
-                "give those of one certificate"
+                "give a key and a certificate that belong together"
             ) from None
         raise ValueError(
             f"{KEY_FILE}={key_file} can't be read: give its password in {KEY_PASSWORD}, or check the file"

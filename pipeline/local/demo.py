@@ -26,9 +26,9 @@ from pipeline.local.simulate import read_oracle
 from pipeline.settings import Settings, load_settings
 
 _PROGRESS_SECONDS: Final = 0.5
-# Beyond the last window: what a busy machine may need to bring everything into the table.
+# After the last window: time that a busy machine may need to write everything to the table.
 _ARRIVAL_SECONDS: Final = 20.0
-# For notifications on their way when the sink has ended.
+# For notifications that are still on their way when the sink has ended.
 _NOTIFICATION_SECONDS: Final = 5.0
 
 
@@ -73,7 +73,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _check_settings() -> None:
-    """Refuse wrong settings before services are started, which takes a while; an empty address counts as unset."""
+    """Refuse wrong settings before starting services, which takes a while; an empty address counts as unset."""
     empty = [name for name, variable in ADDRESSES.items() if os.environ.get(variable) == ""]
     load_settings(**{name: Settings.model_fields[name].default for name in empty})
 

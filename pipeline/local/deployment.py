@@ -30,7 +30,7 @@ from pipeline.settings import PREFIX, load_settings
 ADDRESSES: Final = {"kafka_bootstrap_servers": KAFKA_VARIABLE, "database_url": POSTGRES_VARIABLE}
 
 _START_SECONDS: Final = 60.0
-# More than any command takes by itself: a role drains for 15 s, and `run` kills it after 20 s.
+# More than any command takes to stop by itself: a role drains for 15 s, and `run` kills it after 20 s.
 _STOP_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.02
 
@@ -79,7 +79,7 @@ class Role(subprocess.Popen[bytes]):
 class Deployment:
     """One private pipeline: its settings, its processes, its tables.
 
-    `environment` is what its processes get beside this process's own; changes to it reach those that start later.
+    `environment` is what its processes get besides this process's own; changes to it reach those that start later.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Deployment:
         return role.log_path.read_text(encoding="utf-8") if role.log_path else ""
 
     def stop(self, role: Role) -> int:
-        """Stop a role in order; return its exit code.
+        """Stop a role cleanly; return its exit code.
 
         Raises:
             ServiceUnavailable: it did not stop within 30 s, and has been killed.
@@ -216,7 +216,7 @@ class Deployment:
             raise ServiceUnavailable(f"{role.role} did not stop within {_STOP_SECONDS:.0f} s") from None
 
     def stop_all(self) -> None:
-        """Stop what still runs in order, the last started first; kill what does not stop within 30 s."""
+        """Cleanly stop what still runs, last started first; kill what does not stop within 30 s."""
         for process in reversed(self._processes):
             process.terminate()
             with suppress(subprocess.TimeoutExpired):

@@ -1,6 +1,6 @@
-"""librdkafka's mock cluster in a process of its own: a stand-in where no real Kafka is to be had.
+"""librdkafka's mock cluster in a process of its own: a stand-in where no real Kafka is available.
 
-Its limits: in memory, about 5 MB a partition; topics are created on first use, with 4 partitions; CreateTime only;
+Its limits: in memory, about 5 MB per partition; topics are created on first use, with 4 partitions; CreateTime only;
 no offsets for times; a consumer group of more than one member does not rebalance.
 """
 

@@ -222,7 +222,7 @@ def _embedded_kafka(stack: ExitStack, say: Say) -> _Service:
     say("starting the embedded broker")
     address = stack.enter_context(MockBroker()).bootstrap_servers
     version = confluent_kafka.libversion()[0]
-    return _Service(address, f"embedded broker, no real Kafka (mock cluster of librdkafka {version})")
+    return _Service(address, f"embedded broker, not a real Kafka (mock cluster of librdkafka {version})")
 
 
 def _without_secrets(url: str) -> str:

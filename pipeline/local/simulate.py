@@ -46,7 +46,7 @@ class Oracle:
             self.newest[str(report.agent_id), key] = (value, error, collected_at)
 
     def write(self, path: Path) -> None:
-        """Write one JSON line a pair."""
+        """Write one JSON line per pair."""
         with path.open("w", encoding="utf-8") as lines:
             for (agent_id, key), (value, error, collected_at) in self.newest.items():
                 line = [agent_id, key, value, error, collected_at.isoformat()]
@@ -70,7 +70,7 @@ def agent_id(number: int) -> uuid.UUID:
 def reports(
     *, agents: int, keys: int, interval_seconds: float, duration_seconds: float, seed: int = 0
 ) -> Iterator[Simulated]:
-    """Yield the reports in the order in which they are due: every agent once an interval, evenly spread."""
+    """Yield the reports in the order in which they are due: every agent once per interval, evenly spread."""
     dice = random.Random(seed)  # noqa: S311  # made-up measurements, not secrets
     ids = [agent_id(number) for number in range(agents)]
     names = [*_KEYS[:keys], *(f"metric_{number}" for number in range(len(_KEYS), keys))]

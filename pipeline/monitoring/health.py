@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from pipeline.errors import ConfigError, ExitCode
 
-# A process ends after it was stuck at this many looks in a row, a second apart: a single one may be the moment after
+# A process ends after it was stuck at this many checks in a row, a second apart: a single one may be the moment after
 # its machine woke from sleep.
 _STUCK_LOOKS: Final = 5
 _LOOK_SECONDS: Final = 1.0
@@ -26,7 +26,7 @@ Why = Callable[[], str | None]
 
 
 class Heartbeat:
-    """Beats on the event loop; the age of the last beat tells other threads whether the loop still turns."""
+    """Beats on the event loop; the age of the last beat tells other threads whether the loop still runs."""
 
     def __init__(self, stuck_seconds: float) -> None:
         self._stuck_seconds = stuck_seconds
@@ -34,9 +34,9 @@ class Heartbeat:
         self._task = asyncio.create_task(self._beat())
 
     def why_stuck(self) -> str | None:
-        """Say for how long the event loop has not turned, if that is too long."""
+        """Say for how long the event loop has not run, if that is too long."""
         age = time.monotonic() - self._at
-        return f"the event loop has not turned for {age:.0f} s" if age > self._stuck_seconds else None
+        return f"the event loop has not run for {age:.0f} s" if age > self._stuck_seconds else None
 
     async def _beat(self) -> None:
         while True:
@@ -71,7 +71,7 @@ class Outage:
 def exit_when_stuck(why_not_live: Why) -> None:
     """Watch the process from a thread; when it is stuck, exit with 1 and one line, to be restarted by its supervisor.
 
-    The exit is immediate, like kill -9: a stuck process can't shut down in order, and only safe work was committed.
+    The exit is immediate, like kill -9: a stuck process can't shut down cleanly, and only safe work was committed.
     """
 
     def watch() -> None:
@@ -80,7 +80,7 @@ def exit_when_stuck(why_not_live: Why) -> None:
             time.sleep(_LOOK_SECONDS)
             why = why_not_live()
             looks = looks + 1 if why is not None else 0
-        sys.stderr.write(f"agent-metadata: {why}; ending to be restarted, nothing is lost\n")
+        sys.stderr.write(f"agent-metadata: {why}; exiting to be restarted; nothing is lost\n")
         sys.stderr.flush()
         os._exit(ExitCode.FAILURE)
 

@@ -37,10 +37,10 @@ class LagWatch:
 
     `positions()` returns those of the partitions owned now, `offsets(partitions)` asks Kafka for (earliest, end) and
     raises a PipelineError if there is no answer, `is_held()` tells whether the consumer waits on purpose (for
-    acknowledgements, or for Postgres), and `show` gets the lags after each look.
+    acknowledgements, or for Postgres), and `show` gets the lags after each check.
 
     Stuck means: Kafka answers, records wait, nothing holds the consumer back, and yet a partition has not moved for
-    `stuck_seconds` of such looks. So an outage, however long, never counts as stuck.
+    `stuck_seconds` of such checks. So an outage, however long, never counts as stuck.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import structlog
 
-# A client library's warning is logged at most this often: during an outage of Kafka they repeat it many times a second.
+# A client library's warning is logged at most this often: in an outage of Kafka it is repeated many times a second.
 _REPEAT_SECONDS: Final = 10.0
 
 
@@ -43,7 +43,7 @@ class RepeatFilter(logging.Filter):
 
 
 def without_kafka_traceback(record: logging.LogRecord) -> bool:
-    """Drop the traceback that Faust logs with an error from Kafka: where in aiokafka it was raised says nothing."""
+    """Drop the traceback that Faust logs with an error from Kafka: where in aiokafka it was raised is of no help."""
     if record.exc_info and record.exc_info[0] and record.exc_info[0].__module__ == "aiokafka.errors":
         record.exc_info = None
     return True

@@ -34,7 +34,7 @@ class Freshness:
             f"{PREFIX}freshness_seconds",
             "Seconds since an entry was collected, when it reached a hop: produced (Kafka's timestamp of the record), "
             "window_closed, committed (the row is written), notified (a listener was notified), sent (to a client of "
-            "`serve`). Sampled: one report a chunk, one entry a batch, one row a notification or event.",
+            "`serve`). Sampled: one report per chunk, one entry per batch, one row per notification or event.",
             ["hop"],
             buckets=FRESHNESS_SECONDS_BUCKETS,
             registry=registry,

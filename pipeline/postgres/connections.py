@@ -1,8 +1,9 @@
 """Connections to a database, by URL: one or a pool of them, straight to Postgres or through a pooler such as PgBouncer.
 
 A pooler in transaction mode may run each transaction in another server process, which has three consequences. Prepared
-statements don't outlive their transaction, so connections keep none. Session settings and locks would be left to a
-stranger, so those of a write end with its transaction. A listener would hear nothing: `require_sessions` refuses it.
+statements don't outlive their transaction, so connections keep none. Session settings and locks would be left to
+another client, so those of a write end with its transaction. A listener would receive nothing: `require_sessions`
+refuses it.
 
 `url_setting` is the setting that a URL comes from: messages name it, and never show the URL, which holds a password.
 """
@@ -98,7 +99,7 @@ async def require_sessions(database_url: str, url_setting: str = "DATABASE_URL")
     """Check that LISTEN works: that no pooler in transaction mode is in between.
 
     Raises:
-        ConfigError: one is, and a listener would hear nothing; or as `connect`.
+        ConfigError: one is, and a listener would receive nothing; or as `connect`.
         ServiceUnavailable: the database can't be reached.
     """
     async with contextlib.AsyncExitStack() as stack:
@@ -112,7 +113,7 @@ async def require_sessions(database_url: str, url_setting: str = "DATABASE_URL")
             is_shared = await _share_servers(one, other)
     if is_shared:
         raise ConfigError(
-            f"{url_setting} leads through a connection pooler in transaction mode, where LISTEN hears nothing: "
+            f"{url_setting} goes through a connection pooler in transaction mode, where LISTEN receives nothing: "
             "set DATABASE_LISTEN_URL to the server itself, or to a pooler in session mode"
         )
 

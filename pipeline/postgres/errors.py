@@ -44,7 +44,7 @@ async def translated_errors(activity: str, url_setting: str = "DATABASE_URL") ->
     except CONNECTION_ERRORS as error:
         detail = str(error) or type(error).__name__
         raise ServiceUnavailable(
-            f"Postgres did not answer while {activity}: {detail}; is it up, and {url_setting} right?"
+            f"Postgres did not answer while {activity}: {detail}; is it up, and is {url_setting} right?"
         ) from error
 
 

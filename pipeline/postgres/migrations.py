@@ -115,7 +115,7 @@ async def _set_persistence(connection: Connection, *, unlogged: bool) -> None:
         return
     if table["is_coders"] and not unlogged:
         _log.warning(
-            "table_is_unlogged", table="workspace_agent_metadata", reason="coder created it so; a crash empties it"
+            "table_is_unlogged", table="workspace_agent_metadata", reason="coder made it that way; a crash empties it"
         )
         return
     async with connection.transaction():

@@ -1,4 +1,4 @@
-"""How far each partition is applied: why a batch has its effect once, whoever applies it and however often it comes.
+"""How far each partition is applied: why a batch takes effect once, whoever applies it and however often it arrives.
 
 Two kinds of progress are kept, in the transaction that writes the rows: for each partition of the batches topic the
 next batch, for each partition of the events topic the next source offset that no applied window has covered.

@@ -23,7 +23,7 @@ from pipeline.postgres.statements import fetch_one, statement
 
 # Measured over 200,000 rows with the plan pinned: larger statements gain nothing more.
 ROWS_PER_STATEMENT: Final = 1000
-# A statement of 1,000 rows takes some milliseconds; one that takes this long has lost its server.
+# A statement of 1,000 rows takes a few milliseconds; one that takes this long has lost its server.
 COMMAND_TIMEOUT_SECONDS: Final = 60.0
 CLOSE_TIMEOUT_SECONDS: Final = 2.0
 # After this, Postgres ends a transaction whose sink has gone silent, frozen or waiting for Kafka: its locks hold up the
@@ -96,7 +96,7 @@ class Store:
         notify: bool,
         application_name: str = "agent-metadata-sink",
     ) -> Store:
-        """Open the pool, of at most `connections`; the URL may lead through a pooler such as PgBouncer.
+        """Open the pool, of at most `connections`; the URL may go through a pooler such as PgBouncer.
 
         Raises:
             ServiceUnavailable, ConfigError: the database can't be reached, or refuses us.

@@ -1,1 +1,1 @@
-"""A range of a topic -> Postgres, again: beside the live pipeline, and only over older rows."""
+"""A range of a topic -> Postgres, again: alongside the live pipeline, and only over older rows."""

@@ -66,7 +66,7 @@ def wire_replay(
     rate: float | None = None,
     on_read: Callable[[int], None] = lambda _: None,
 ) -> Replay:
-    """Make a replay of the topic that `reader` reads; `rate` is in records, or rows, a second."""
+    """Make a replay of the topic that `reader` reads; `rate` is in records, or rows, per second."""
     return Replay(
         reader,
         new_fold=_folds(settings, source),
@@ -102,7 +102,7 @@ async def refill(
     """Replay the whole batches topic, then record that the table is whole; None: another process is refilling it.
 
     `on_found(records)` gets the number of records to read, `on_read(records)` how many more were read, and
-    `on_start(replay)` the replay, to be able to stop it.
+    `on_start(replay)` the replay, so that the caller can stop it.
 
     Raises:
         TopicMismatch, ServiceUnavailable, ConfigError: Kafka or Postgres is down, or refuses access; the table still

@@ -18,7 +18,7 @@ from pipeline.postgres.store import Written
 from pipeline.replay.folds import Fold
 from pipeline.replay.pace import Pace
 
-# Pairs in memory at once: 250 MB at some 500 bytes a pair, five times that with values at their limit of 2 kB.
+# Pairs in memory at once: 250 MB at about 500 bytes per pair, five times that with values at their limit of 2 kB.
 MAX_PAIRS: Final = 500_000
 # Rows per statement and transaction: few, so that locks are brief and the live sink gets its turn.
 ROWS_PER_WRITE: Final = 1000
@@ -108,7 +108,7 @@ class Replay:
     ) -> None:
         """Make a replay.
 
-        `new_fold(capacity)` makes an empty fold; `write(rows)` takes at most 1,000 rows a call; `on_read(records)` is
+        `new_fold(capacity)` makes an empty fold; `write(rows)` takes at most 1,000 rows per call; `on_read(records)` is
         called with the number of offsets passed since the last call.
 
         Raises:

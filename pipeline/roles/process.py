@@ -36,7 +36,7 @@ def child_command(
     Args:
         command: The program, by its absolute path, and its arguments.
         death_signal: What the child gets.
-        user: Run as this user; empty: as the one who runs this process.
+        user: Run as this user; empty: as the user who runs this process.
     """
     launcher = [sys.executable, "-I", "-S", str(_LAUNCHER)]
     return [*launcher, str(os.getpid()), str(int(death_signal)), user, *map(str, command)]
@@ -55,7 +55,7 @@ def tune_garbage_collector() -> None:
 
 
 def on_stop_signals(stop: Callable[[], None]) -> None:
-    """Stop in order on the first SIGTERM or SIGINT; exit at once on the second, or when stopping takes too long.
+    """Stop cleanly on the first SIGTERM or SIGINT; exit at once on the second, or when stopping takes too long.
 
     Exiting at once is as safe as kill -9: what is not committed is read again.
     """

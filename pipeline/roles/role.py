@@ -13,9 +13,9 @@ from pipeline.monitoring.lag import LagWatch, Position
 from pipeline.monitoring.metrics import ConsumerMetrics
 from pipeline.settings import Settings
 
-# How long a start waits for Kafka before it says that it can't be reached.
+# How long startup waits for Kafka before it says that it can't be reached.
 START_TIMEOUT_SECONDS: Final = 8.0
-# What matters was waited for before; this is for dead letters under way.
+# Everything that matters was awaited before; this is for dead letters in flight.
 LAST_FLUSH_SECONDS: Final = 1.0
 
 

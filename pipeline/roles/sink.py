@@ -28,7 +28,7 @@ from pipeline.sink import BatchConsumer, BatchesTopic, Sink, TableWatch
 
 # Two concurrent transactions write the most rows a second: measured on two cores, a third adds nothing.
 SINK_CONNECTIONS: Final = 2
-# How often the sink asks Postgres whether it is there, so that an idle one knows too.
+# How often the sink checks that Postgres answers, so that an idle sink notices an outage too.
 _PING_SECONDS: Final = 2.0
 
 _log = structlog.get_logger(__name__)
@@ -108,7 +108,7 @@ async def run_sink(settings: Settings) -> None:
         for task in watching:
             task.cancel()
         await consumer.close()
-        await asyncio.wait(watching)  # a refill under way lets go of its lock
+        await asyncio.wait(watching)  # a refill under way releases its lock
         sink.lose(range(batches.partitions))
         await publisher.close(LAST_FLUSH_SECONDS)
         await store.close()

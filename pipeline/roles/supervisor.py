@@ -48,7 +48,7 @@ class Supervisor:
         return self._exit_code
 
     def _on_signal(self, number: int) -> None:
-        """Stop in order; on a second signal, kill: what the roles had not committed is read again from Kafka."""
+        """Stop cleanly; on a second signal, kill: what the roles had not committed is read again from Kafka."""
         if self._stop.is_set():
             self._exit_code = 128 + number
             for process in self._processes.values():

@@ -61,8 +61,9 @@ class LiveServer:
     """The application and what it serves.
 
     `read(agent_ids)` asks Postgres, for requests that want what it has now; `table` follows the listener.
-    `token` guards the agents' data. Without one, `is_local` has only this machine's own names answered: a foreign
-    page whose name resolves to 127.0.0.1 (DNS rebinding) could read the data in its visitor's browser otherwise.
+    `token` guards the agents' data. Without one, `is_local` means that only this machine's own names are answered:
+    otherwise a foreign page whose name resolves to 127.0.0.1 (DNS rebinding) could read the data in its visitor's
+    browser.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class LiveServer:
     async def _watch_one(self, agent_id: UUID, last_event_id: LastEventId = None) -> Response:
         """Stream an agent's metadata: a `snapshot` event, then `changes` with the changed rows, at most once a second.
 
-        The snapshot is repeated every 5 s, to keep ages true. With the Last-Event-ID of a stream that broke off, the
+        The snapshot is repeated every 5 s, to keep ages current. With the Last-Event-ID of a stream that broke off, the
         first event has only what changed since, if this process still knows.
         """
         return self._stream([agent_id], last_event_id, partial(one_agent, agent_id))
@@ -205,7 +206,7 @@ def _bearer_check(token: bytes) -> Callable[..., Awaitable[None]]:
         given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
     ) -> None:
         if given is None or not secrets.compare_digest(given.credentials.encode(), token):
-            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+            raise HTTPException(401, "a bearer token is required", {"WWW-Authenticate": "Bearer"})
 
     return check
 

@@ -15,7 +15,7 @@ STALE_INTERVALS: Final = 3
 _MIN_STALE_SECONDS: Final = 5.0
 # For a pair of which only one report was seen, so that its interval is not known.
 _UNKNOWN_STALE_SECONDS: Final = 180.0
-# The weight of the latest interval in the usual one, which so follows the last five or so.
+# The weight of the latest interval in the usual one, which thus follows about the last five.
 _WEIGHT: Final = 0.3
 
 

@@ -20,7 +20,7 @@ from pipeline.serve.live import LiveRow, LiveTable, Watcher
 # Source: coder's workspace page, which sends changes at most once a second and everything again after five.
 _EVENT_SECONDS: Final = 1.0
 _RESEND_SECONDS: Final = 5.0
-# Rows per event at most: usually 200 kB, some 4 MB with values at their limit.
+# Rows per event at most: usually 200 kB, about 4 MB with values at their limit.
 _EVENT_ROWS: Final = 1000
 
 
@@ -99,7 +99,7 @@ class EventStreams:
     def open(self, agent_ids: Collection[UUID] | None, last_event_id: str | None, shape: Shape) -> AsyncIterator[bytes]:
         """Open a stream of some agents, or of all (None); `shape` makes an event's body of its rows.
 
-        Guarantee: it is never silent for longer than 5 s. Some agents' snapshot is repeated then, to keep ages true;
+        Guarantee: it is never silent for longer than 5 s. Some agents' snapshot is repeated then, to keep ages current;
         all agents' rows are too many for that, so an event without rows says what time it is.
         """
         return self._events(agent_ids, self._known_version(last_event_id), shape)

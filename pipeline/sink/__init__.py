@@ -1,6 +1,6 @@
 """Batches topic -> Postgres, with NOTIFY.
 
-A batch has its effect once because rows, NOTIFY and progress are one transaction: Store.apply in postgres/store.py.
+A batch takes effect once because rows, NOTIFY and progress are one transaction: Store.apply in postgres/store.py.
 Kafka's own offsets, committed after it, are for lag tools only.
 
     consumer_thread.py, consumer.py   the batches topic, from librdkafka's thread to the event loop

@@ -31,7 +31,7 @@ class BatchConsumer:
     """One member of the sink's consumer group.
 
     `locate(partitions)` returns the offsets at which to start, and takes as long as it must: while it does, the
-    consumer stays in the group. All methods are for the event loop but those that say "from any thread".
+    consumer stays in the group. Call all methods on the event loop, except those that say "from any thread".
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class BatchConsumer:
                 **client_config,
                 "group.id": group,
                 "enable.auto.commit": False,
-                "enable.partition.eof": True,  # tells of the end behind transaction markers, which are no records
+                "enable.partition.eof": True,  # reports the end behind transaction markers, which are not records
                 "auto.offset.reset": "earliest",
                 "partition.assignment.strategy": "roundrobin",
                 "session.timeout.ms": round(session_timeout_seconds * 1000),
@@ -96,7 +96,7 @@ class BatchConsumer:
     def start(
         self, on_records: Callable[[int, list[Message]], None], on_lost: Callable[[Sequence[int]], None]
     ) -> asyncio.Task[None]:
-        """Join the group; the task ends with `close`, or with the error that the consumer can't go on from.
+        """Join the group; the task ends with `close`, or with the error that stops the consumer for good.
 
         `on_records(partition, messages)` gets records in offset order, `on_lost(partitions)` those that are another
         member's now.
@@ -118,7 +118,7 @@ class BatchConsumer:
         return self._positions
 
     def release(self, size_bytes: int) -> None:
-        """Note that records of this many bytes are done with."""
+        """Note that records of this many bytes have been dealt with."""
         self._thread.buffered_bytes -= size_bytes
 
     def commit(self, partition: int, offset: int) -> None:
@@ -155,9 +155,9 @@ class BatchConsumer:
         try:
             marks = await self._thread.call(lambda consumer: consumer.get_watermark_offsets(where, ANSWER_SECONDS))
         except KafkaException as error:
-            raise ServiceUnavailable(f"Kafka did not say its offsets: {error}") from error
+            raise ServiceUnavailable(f"Kafka did not return its offsets: {error}") from error
         if marks is None:
-            raise ServiceUnavailable(f"Kafka did not say its offsets within {ANSWER_SECONDS:g} s")
+            raise ServiceUnavailable(f"Kafka did not return its offsets within {ANSWER_SECONDS:g} s")
         return int(marks[0]), int(marks[1])
 
     def _on_event(self, event: Event) -> None:

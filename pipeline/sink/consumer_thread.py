@@ -1,4 +1,4 @@
-"""librdkafka's consumer of the batches topic in its own thread: polling, pausing, and the check that offsets follow."""
+"""librdkafka's consumer of the batches topic in its own thread: polling, pausing, checking that offsets only rise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 
 from pipeline.errors import ConfigError, ServiceUnavailable, TopicMismatch
 
-# Fetched but not yet applied batches, per process; the same again may wait inside librdkafka.
+# Fetched but not yet applied batches, per process; as much again may wait inside librdkafka.
 MAX_BUFFERED_BYTES: Final = 64 * 1024 * 1024
 _POLL_SECONDS: Final = 0.1
 _RECORDS_PER_POLL: Final = 200
@@ -130,7 +130,7 @@ class ConsumerThread:
         Raises:
             ConfigError: Kafka refuses us a right.
             TopicMismatch: the topic was deleted and recreated; nothing of the new one was delivered.
-            ServiceUnavailable: librdkafka can't go on.
+            ServiceUnavailable: librdkafka can't continue.
         """
         consumer = self._consumer
         consumer.subscribe([self._topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked)
@@ -197,7 +197,7 @@ class ConsumerThread:
                     f"it needs READ on topic {self._topic} and on group {self._group}"
                 )
             elif error.fatal():
-                raise ServiceUnavailable(f"the consumer of {self._topic} can't go on: {error.str()}")
+                raise ServiceUnavailable(f"the consumer of {self._topic} can't continue: {error.str()}")
             else:
                 _log.warning("consume_failed", topic=self._topic, error=error.str())
         for partition, records in by_partition.items():

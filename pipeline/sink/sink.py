@@ -25,7 +25,7 @@ from pipeline.sink.batches_topic import BatchesTopic
 from pipeline.sink.consumer import BatchConsumer, buffered_bytes
 
 # Waiting batches are merged into transactions of up to this many entries: enough for dedup after an outage, and short
-# enough, at some 100,000 rows a second, to keep locks brief.
+# enough, at about 100,000 rows a second, to keep locks brief.
 MAX_ENTRIES_PER_TRANSACTION: Final = 10_000
 # Backoff while Postgres is unavailable: random between 0 and a ceiling that doubles from the first to the second.
 _FIRST_BACKOFF_SECONDS: Final = 0.2
@@ -122,7 +122,7 @@ class Sink:
                 why = (
                     "Postgres can't take them"
                     if self.is_holding
-                    else f"not all was applied within {timeout_seconds:g} s"
+                    else f"not everything was applied within {timeout_seconds:g} s"
                 )
                 _log.warning("batches_left_unapplied", why=why, advice="they wait in Kafka for the next start")
                 return False

@@ -27,7 +27,7 @@ def new_app(settings: Settings) -> ChunkApp:
         ConfigError: Faust is installed without its compiled parts.
     """
     if streams._CStreamIterator is None:
-        raise ConfigError("Faust runs without its compiled parts and would skip events: unset NO_CYTHON, reinstall")
+        raise ConfigError("Faust runs without its compiled parts and would skip events: unset NO_CYTHON and reinstall")
     for subclass in (ChunkApp, LatestTable):
         # Faust's services log under the module of their class, and their starts and stops are of no interest.
         logging.getLogger(subclass.__module__).setLevel(logging.WARNING)

@@ -23,8 +23,8 @@ from pipeline.monitoring.metrics import WorkerMetrics
 from pipeline.worker.transport import ChunkConsumer
 
 # Closed windows that may wait for Kafka's acknowledgement before the partition takes no more records; with the
-# open one this bounds a partition's memory to about four times its window capacity. Behind large rejected records
-# none waits: records of several MB would fill the memory.
+# open one this bounds a partition's memory to about four times its window capacity. After large rejected records
+# none may wait: records of several MB would fill the memory.
 MAX_WAITING: Final = 2
 
 _log = structlog.get_logger(__name__)
@@ -171,7 +171,7 @@ class SourcePartition:
         self._metrics.records.inc(index)
 
     def _observe_produced(self, record: Record) -> None:
-        """Sample how old a report was when Kafka had it: one per chunk, as the fold has no time for more."""
+        """Sample how old a report was when Kafka received it: one per chunk, as the fold has no time for more."""
         try:
             collected_at = parse_report(record.value or b"").collected_at
         except PARSE_ERRORS:

@@ -1,6 +1,6 @@
 """A Faust transport that delivers one event per chunk of a partition's records, instead of one per record.
 
-Faust spends about 80 microseconds on each event. Fed with chunks of a few thousand records it spends them on the chunk.
+Faust spends about 80 microseconds on each event. Fed chunks of a few thousand records, it spends them once per chunk.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class ChunkConsumer(driver.Consumer):
         commit of them once the topic is recreated. An offset without our note was set by an operator, and counts.
 
         Raises:
-            KafkaTimeoutError: Kafka does not answer what is committed, or where partitions begin.
+            KafkaTimeoutError: Kafka does not say what is committed, or where partitions begin.
         """
         self._committed_offset.clear()
         try:
@@ -173,7 +173,7 @@ class ChunkTransport(driver.Transport):
 
 
 class ChunkSchema(faust.Schema):
-    """Passes a chunk on as it is: the fold decodes it, so that one bad record costs only itself."""
+    """Passes a chunk on as it is: the fold decodes it, so that one bad record affects nothing else."""
 
     def compile(self, app: faust.App, **_: Any) -> Callable[..., Awaitable[Any]]:
         """Return the function that wraps a message in an event."""

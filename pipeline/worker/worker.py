@@ -35,7 +35,7 @@ from pipeline.worker.transport import ChunkConsumer, ChunkSchema
 
 # Offsets of safe windows are committed together this often; what a crash repeats meanwhile is skipped by the sink.
 COMMIT_INTERVAL_SECONDS: Final = 1.0
-# How long a stop waits for a start under way. A group without other members assigns partitions within a second, one
+# How long a stop waits for a startup in progress. A group without other members assigns partitions within a second, one
 # that rebalances within three.
 _START_SECONDS: Final = 5.0
 _REFUSALS: Final = (GroupAuthorizationFailedError, TopicAuthorizationFailedError)
@@ -86,7 +86,7 @@ class Worker:
 
     @property
     def is_held(self) -> bool:
-        """Tell whether it reads on only when Kafka has acknowledged what it published."""
+        """Tell whether it has stopped reading until Kafka acknowledges what it published."""
         return any(partition.is_held for partition in self._partitions.values())
 
     def unacknowledged_seconds(self) -> float:
@@ -118,7 +118,7 @@ class Worker:
                 f"Kafka refuses the worker: {error}; it needs READ on topic {events} and on group {group}"
             ) from error
         except KafkaError as error:
-            raise ServiceUnavailable(f"the worker lost Kafka: {error}; is it up? start it again") from error
+            raise ServiceUnavailable(f"the worker lost Kafka: {error}; is it up? Start the worker again") from error
 
     async def _run(self) -> None:
         starting = asyncio.create_task(self.app.start())  # which waits for the group to give us partitions

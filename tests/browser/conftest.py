@@ -35,7 +35,7 @@ async def browser() -> AsyncIterator[Browser]:
 
 
 def is_expected(message: str) -> bool:
-    """Tell whether it is the browser's own message about a server that is down or asks for a token."""
+    """Tell whether it is the browser's own message about a server that is down or requires a token."""
     return message.startswith("Failed to load resource") or "net::ERR_" in message
 
 

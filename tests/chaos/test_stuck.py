@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.services, pytest.mark.timeout(400)]  # they wait for w
 STUCK_SECONDS = 15  # the least that the setting takes
 
 CONSUMER = "the consumer is stuck: of partition "
-LOOP = "the event loop has not turned for "
+LOOP = "the event loop has not run for "
 # (role, mutant, how its one line begins)
 FAULTS = [
     ("worker", "worker_without_records", CONSUMER),
@@ -55,7 +55,7 @@ async def test_role_that_is_stuck_ends_with_1_and_one_line(deploy, role, mutant,
     log = deployment.log(process)
     (line,) = [line for line in log.splitlines() if line.startswith("agent-metadata: ")]
     assert line.startswith(f"agent-metadata: {why}")
-    assert line.endswith("; ending to be restarted, nothing is lost")
+    assert line.endswith("; exiting to be restarted; nothing is lost")
     assert process.returncode == 1
     assert "Traceback" not in log
 

@@ -24,9 +24,9 @@ WRONG = [
     ("KAFKA_BOOTSTRAP_SERVERS", "", "not host:port"),
     ("AGENT_METADATA_KAFKA_SECURITY_PROTOCOL", "TLS", "'PLAINTEXT', 'SSL', 'SASL_PLAINTEXT' or 'SASL_SSL'"),
     ("AGENT_METADATA_KAFKA_SASL_MECHANISM", "GSSAPI", "'PLAIN', 'SCRAM-SHA-256', 'SCRAM-SHA-512' or 'OAUTHBEARER'"),
-    ("AGENT_METADATA_EVENTS_TOPIC", "two words", "1 to 249 of letters, digits, '.', '_' and '-'"),
-    ("AGENT_METADATA_BATCHES_TOPIC", "", "1 to 249 of letters, digits, '.', '_' and '-'"),
-    ("AGENT_METADATA_DEAD_LETTER_TOPIC", "t" * 250, "1 to 249 of letters, digits, '.', '_' and '-'"),
+    ("AGENT_METADATA_EVENTS_TOPIC", "two words", "1 to 249 letters, digits, '.', '_' or '-'"),
+    ("AGENT_METADATA_BATCHES_TOPIC", "", "1 to 249 letters, digits, '.', '_' or '-'"),
+    ("AGENT_METADATA_DEAD_LETTER_TOPIC", "t" * 250, "1 to 249 letters, digits, '.', '_' or '-'"),
     ("AGENT_METADATA_CONSUMER_GROUP", "", "at least 1 character"),
     ("AGENT_METADATA_PARTITIONS", "0", "must be a whole number from 1 to 1024"),
     ("AGENT_METADATA_PARTITIONS", "1025", "must be a whole number from 1 to 1024"),
@@ -72,7 +72,7 @@ def test_wrong_variable_is_named_with_its_value_and_what_is_allowed(monkeypatch,
 
 
 def test_wrong_variables_cover_every_setting():
-    # Any text will do for these, by itself: tests/unit/kafka/test_security.py has what they can be wrong beside.
+    # Any text will do for these alone; tests/unit/kafka/test_security.py has the combinations that are wrong.
     texts = {name for name in VARIABLES.values() if name.startswith(("AGENT_METADATA_KAFKA_S", "DATABASE_"))}
     assert {variable for variable, *_ in WRONG} | texts | SECRET == set(VARIABLES.values())
 
@@ -106,7 +106,7 @@ def test_wrong_token_is_named_without_its_value(monkeypatch, token):
     monkeypatch.setenv("AGENT_METADATA_SERVE_TOKEN", token)
     with pytest.raises(ConfigError) as raised:
         load_settings()
-    assert str(raised.value).startswith("AGENT_METADATA_SERVE_TOKEN: may have letters")
+    assert str(raised.value).startswith("AGENT_METADATA_SERVE_TOKEN: may contain only letters")
     assert token not in str(raised.value)
 
 
@@ -176,7 +176,7 @@ def test_override_with_a_name_that_is_no_setting_is_refused():
 
 def test_one_topic_for_two_roles_is_refused(monkeypatch):
     monkeypatch.setenv("AGENT_METADATA_BATCHES_TOPIC", "agent-metadata.events.v1")
-    with pytest.raises(ConfigError, match="must be three topics"):
+    with pytest.raises(ConfigError, match="must be three different topics"):
         load_settings()
 
 

@@ -87,7 +87,7 @@ async def test_diff_of_equal_tables_exits_with_0_and_forgives_declared_pairs(liv
 async def test_wrong_tables_are_refused_in_one_line(live, database_url):
     same = diff(database_url)
     assert (same.returncode, same.stdout) == (2, "")
-    assert same.stderr.startswith("agent-metadata: DATABASE_URL leads to the table of public itself")
+    assert same.stderr.startswith("agent-metadata: DATABASE_URL points to the table of public itself")
     none = diff(database_url, "--live", "nonesuch; drop table x")
     assert (none.returncode, none.stdout) == (2, "")
     assert "has no workspace_agent_metadata" in none.stderr

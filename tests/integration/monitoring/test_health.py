@@ -133,7 +133,7 @@ async def test_sink_holds_batches_back_and_is_not_ready_while_postgres_is_away(b
             await eventually("the row is there", lambda: value_is(pipeline, "before"))
             postgres.stop()
             report(pipeline, "while it was away")
-            held = (503, "Postgres is away; batches are held back\n")
+            held = (503, "Postgres can't take batches; they are held back\n")
             await eventually("the sink holds back", lambda: ask(port, "/ready") == held)
             assert ask(port, "/live")[0] == 200
             postgres.start()

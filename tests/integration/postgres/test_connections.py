@@ -1,4 +1,4 @@
-"""Through PgBouncer in transaction mode: tables and sinks work, a listener that would hear nothing is refused."""
+"""Through PgBouncer in transaction mode: tables and sinks work, a listener that would receive nothing is refused."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_listening_through_a_pooler_in_transaction_mode_is_refused(pool, databas
     done = agent_metadata(command, DATABASE_URL=url)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("agent-metadata: DATABASE_URL leads through a connection pooler in transaction mode")
+    assert line.startswith("agent-metadata: DATABASE_URL goes through a connection pooler in transaction mode")
     assert "set DATABASE_LISTEN_URL to the server itself" in line
 
 

@@ -20,7 +20,7 @@ def ignore(*_):
 
 @pytest.fixture
 async def consumer():
-    """A consumer whose broker is away."""
+    """A consumer whose broker is down."""
 
     async def locate(_partitions):
         return {}

@@ -114,7 +114,7 @@ def test_broker_that_is_not_there_exits_with_1_in_time_and_says_what_to_do(witho
     message = complaint(done)
     assert f"Kafka at {NOBODY} can't be reached" in message
     assert "Connection refused" in message
-    assert "is it up, and the address right?" in message
+    assert "is it up, and is the address right?" in message
 
 
 @pytest.mark.parametrize("command", [["db", "status"], ["db", "migrate"], ["watch"]], ids=" ".join)
@@ -122,7 +122,7 @@ def test_database_that_is_not_there_exits_with_1_and_says_what_to_do(command):
     done = agent_metadata(*command, DATABASE_URL=f"postgresql://u:secret@{NOBODY}/d")
     assert done.returncode == 1
     message = complaint(done)
-    assert "is it up, and DATABASE_URL right?" in message
+    assert "is it up, and is DATABASE_URL right?" in message
     assert "secret" not in message
 
 

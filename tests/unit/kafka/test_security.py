@@ -53,15 +53,15 @@ def without(settings, name):
 @pytest.mark.parametrize(
     ("settings", "named", "advice"),
     [
-        ({"security_protocol": "SASL_SSL"}, f"{MECHANISM} is missing beside {PROTOCOL}=SASL_SSL", "SCRAM-SHA-512 or"),
+        ({"security_protocol": "SASL_SSL"}, f"{MECHANISM} is missing with {PROTOCOL}=SASL_SSL", "SCRAM-SHA-512 or"),
         (
             {"sasl_mechanism": "PLAIN"},
-            f"{MECHANISM}=PLAIN has no use beside {PROTOCOL}=PLAINTEXT",
+            f"{MECHANISM}=PLAIN has no use with {PROTOCOL}=PLAINTEXT",
             "set that to SASL_SSL or SASL_PLAINTEXT, or unset it",
         ),
         (
             {"security_protocol": "SSL", "sasl_password": PASSWORD},
-            f"AGENT_METADATA_KAFKA_SASL_PASSWORD has no use beside {PROTOCOL}=SSL",
+            f"AGENT_METADATA_KAFKA_SASL_PASSWORD has no use with {PROTOCOL}=SSL",
             "unset it",
         ),
         ({**SCRAM, **without(USER, "sasl_username")}, "AGENT_METADATA_KAFKA_SASL_USERNAME is missing", "set it"),
@@ -69,11 +69,11 @@ def without(settings, name):
         ({**SCRAM, **USER, "sasl_password": ""}, "AGENT_METADATA_KAFKA_SASL_PASSWORD is missing", "set it"),
         (
             {**SCRAM, **USER, "sasl_oauth_scope": "kafka"},
-            f"AGENT_METADATA_KAFKA_SASL_OAUTH_SCOPE=kafka has no use beside {MECHANISM}=SCRAM-SHA-512",
+            f"AGENT_METADATA_KAFKA_SASL_OAUTH_SCOPE=kafka has no use with {MECHANISM}=SCRAM-SHA-512",
             "unset it",
         ),
         (without(OAUTH, "sasl_oauth_client_secret"), "AGENT_METADATA_KAFKA_SASL_OAUTH_CLIENT_SECRET is missing", "set"),
-        ({**OAUTH, **USER}, f"AGENT_METADATA_KAFKA_SASL_USERNAME=u has no use beside {MECHANISM}=OAUTHBEARER", "unset"),
+        ({**OAUTH, **USER}, f"AGENT_METADATA_KAFKA_SASL_USERNAME=u has no use with {MECHANISM}=OAUTHBEARER", "unset"),
         ({**OAUTH, "sasl_oauth_token_url": "sso/token"}, "AGENT_METADATA_KAFKA_SASL_OAUTH_TOKEN_URL", "https://"),
         (
             {**OAUTH, "sasl_oauth_token_url": f"https://u:{PASSWORD}@sso/token"},
@@ -82,7 +82,7 @@ def without(settings, name):
         ),
         (
             {"sasl_oauth_token_url": f"https://u:{PASSWORD}@sso/token"},
-            f"AGENT_METADATA_KAFKA_SASL_OAUTH_TOKEN_URL has no use beside {PROTOCOL}=PLAINTEXT",
+            f"AGENT_METADATA_KAFKA_SASL_OAUTH_TOKEN_URL has no use with {PROTOCOL}=PLAINTEXT",
             "unset it",
         ),
         ({"ssl_cafile": "ca.pem"}, "AGENT_METADATA_KAFKA_SSL_CAFILE=ca.pem has no use", "set that to SSL or SASL_SSL"),
@@ -93,7 +93,7 @@ def without(settings, name):
         ),
         (
             {"security_protocol": "SSL", "ssl_certfile": "client.pem"},
-            "AGENT_METADATA_KAFKA_SSL_KEYFILE is missing beside AGENT_METADATA_KAFKA_SSL_CERTFILE",
+            "AGENT_METADATA_KAFKA_SSL_KEYFILE is missing with AGENT_METADATA_KAFKA_SSL_CERTFILE",
             "set both",
         ),
         (

@@ -259,7 +259,7 @@ async def test_token_guards_what_agents_say_and_nothing_else():
         for path in guarded:
             for wrong in ({}, {"Authorization": "Bearer nonsense"}, {"Authorization": "Basic s3cret"}):
                 status, body, response = await get(server.url, path, **wrong)
-                assert (status, body) == (401, {"detail": "a bearer token is needed"}), path
+                assert (status, body) == (401, {"detail": "a bearer token is required"}), path
                 assert response.headers["WWW-Authenticate"] == "Bearer"
         for path in guarded[:2]:
             assert (await get(server.url, path, Authorization="Bearer s3cret"))[0] == 200

@@ -53,7 +53,7 @@ class Topic:
     async def earliest(self, partition):
         if self.unanswered:
             self.unanswered -= 1
-            raise ServiceUnavailable("Kafka did not say its offsets")
+            raise ServiceUnavailable("Kafka did not return its offsets")
         return 0
 
     async def ends(self):

@@ -21,7 +21,7 @@ AGENTS = [uuid.UUID(int=number) for number in range(1, 100)]
 
 
 class Outlet:
-    """Takes closed windows; can be told to hold them, as Kafka does while it is away."""
+    """Takes closed windows; can be told to hold them, as Kafka does while it is down."""
 
     def __init__(self):
         self.windows = []
