@@ -2,7 +2,7 @@
 
 Both clocks start when the partitions are assigned and end when every row of the table is right. The plain program
 consumes into a dict and, every second, writes it with the statement of sql/update_rows.sql over asyncpg, a thousand
-rows at a time, and commits its offsets after it. Ours runs worker and sink as two processes with a window of 1 s.
+rows at a time, and then commits its offsets. Ours runs worker and sink as two processes with a window of 1 s.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ async def reset(url: str) -> None:
 
 
 async def wait_until_right(url: str) -> None:
-    """Look at a few rows often, and at all of them once these are right: watching must not cost a core."""
+    """Look at a few rows often, and at all of them once these are right: watching must not use up a core."""
     connection = await asyncpg.connect(url)
     wrong = (
         "select count(*) from {} as e left join workspace_agent_metadata as m on m.workspace_agent_id = e.agent_id "
@@ -132,7 +132,7 @@ def main() -> None:
         harness.create_topic(servers, "dead", 1)
         for shape in (10, 1):
             topic = f"events-{shape}"
-            harness.say(f"producing {ENTRIES:,} entries, {shape} a report")
+            harness.say(f"producing {ENTRIES:,} entries, {shape} per report")
             newest = harness.fill_events(servers, topic, entries=ENTRIES, entries_a_report=shape)
             asyncio.run(expect(url, newest))
             options = json.dumps({"servers": servers, "url": url, "topic": topic})
@@ -172,7 +172,7 @@ def main() -> None:
 
 
 async def forget_progress(url: str) -> None:
-    """Have the same source offsets count again: each run reads them from the start."""
+    """Make the same source offsets count again: each run reads them from the start."""
     connection = await asyncpg.connect(url)
     await connection.execute("truncate agent_metadata_progress")
     await connection.close()

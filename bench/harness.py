@@ -80,7 +80,7 @@ def run_side(module: str, side: str, **options: Any) -> dict[str, Any]:
 
 
 def in_turn(sides: Mapping[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
-    """Run all sides once, then all again: a machine that gets slower gets slower for all."""
+    """Run all sides once, then all again: if the machine gets slower, it does so for all."""
     figures: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(runs):
         for name, side in sides.items():

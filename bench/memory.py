@@ -1,7 +1,7 @@
-"""How much memory a worker and a sink take at most: 2,000,000 pairs in open windows, and hours of batches at once.
+"""The most memory that a worker and a sink take: 2,000,000 pairs in open windows, and hours of batches at once.
 
 The load is 1,000,000 reports of ten keys, five of each of 200,000 agents, into 8 partitions. `worker, default` keeps
-its windows to 50,000 pairs a partition and closes them early. `worker, all pairs` may hold all 2,000,000 at once.
+its windows to 50,000 pairs per partition and closes them early. `worker, all pairs` may hold all 2,000,000 at once.
 The sink was stopped meanwhile: it starts with all batches of the default worker in front of it, 10,000,000 rows.
 Peaks are the kernel's own (VmHWM), of one process each.
 """
@@ -66,7 +66,7 @@ def lag(settings: Settings, group: str, topic: str) -> int:
 
 
 async def run_role(deployment: Deployment, role: str) -> dict[str, int]:
-    """Let one process use up its topic; return what it took at its start and at most, in MiB."""
+    """Let one process work through its topic; return what it took at its start and at most, in MiB."""
     settings = deployment.settings
     group, topic = {
         "worker": (settings.worker_group, settings.events_topic),

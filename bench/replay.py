@@ -1,12 +1,12 @@
 """The replay against a plain consumer loop, what it does to live reports, and how long a refill takes.
 
 The plain loop consumes, decodes and keeps the latest (bench/plain.py); ours is `agent-metadata replay`, which finds its
-range, folds by the worker's rules and writes the rows, on the same entries: BENCH_ENTRIES (10,000,000), ten a report,
-and a fifth as many, one a report.
+range, folds by the worker's rules and writes the rows, on the same entries: BENCH_ENTRIES (10,000,000), ten per
+report, and a fifth as many, one per report.
 Freshness is the time from a report to its row's NOTIFY, of 500 live reports a second in windows of 1 s, without and
 with replays of all entries running; no row may move back meanwhile, and each must be right in the end. The refill
-writes 1,000,000 pairs into an empty table; by the sink, from the kill -9 of a backend, which empties an UNLOGGED table,
-until all are there again: Postgres's own recovery included.
+writes 1,000,000 pairs into an empty table; the sink's own refill is timed from the kill -9 of a backend, which empties
+an UNLOGGED table, until all are back, with Postgres's own recovery.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pipeline.local.simulate import agent_id
 from pipeline.postgres.migrations import migrate
 
 ENTRIES = int(os.environ.get("BENCH_ENTRIES", "10000000"))
-SHAPES = {1: ENTRIES // 5, 10: ENTRIES}  # by entries a report; the last one's topic is the live pipeline's too
+SHAPES = {1: ENTRIES // 5, 10: ENTRIES}  # by entries per report; the last one's topic is the live pipeline's too
 RUNS = 3
 LIVE_AGENTS, WATCHED, LIVE_SECONDS = 500, 20, 30.0
 REFILL_AGENTS, REFILL_KEYS, BATCH_SIZE = 100_000, 10, 500
@@ -97,7 +97,7 @@ def replayed(environment: dict[str, str], url: str) -> float:
 
 
 def freshness(environment: dict[str, str], while_running: Any) -> list[float]:
-    """Return seconds from report to NOTIFY, as a listener sees them, for as long as `while_running()` takes."""
+    """Return the seconds from report to NOTIFY that a listener sees for as long as `while_running()` takes."""
     watched = [str(agent_id(number)) for number in range(WATCHED)]
     with tempfile.TemporaryFile("w+") as lines:  # a pipe would fill up
         watching = start(environment, "watch", *watched, "--json", stdout=lines)
@@ -259,7 +259,7 @@ def main() -> None:
         ratios = {}
         for shape, entries in SHAPES.items():
             environment["AGENT_METADATA_EVENTS_TOPIC"] = topic = f"events-{uuid.uuid4().hex[:4]}"
-            harness.say(f"producing {entries:,} entries, {shape} a report")
+            harness.say(f"producing {entries:,} entries, {shape} per report")
             newest = harness.fill_events(servers, topic, entries=entries, entries_a_report=shape)
             asyncio.run(expect(url, newest))
 

@@ -1,8 +1,9 @@
 """5,000 event streams of one `agent-metadata serve`, for 60 s: memory, how late changes come, and that none is missed.
 
-Every stream watches one of 1,000 agents with 10 keys each. All agents change once in 5 s, an eighth of them at a time,
-as eight partitions' windows close; a change's value is the time of its statement, right before the commit. A stream
-also gets its snapshot again every 5 s. The clients are raw sockets in a process of their own, on the same machine.
+Every stream watches one of 1,000 agents with 10 keys each. All agents change once every 5 s, an eighth of them at a
+time, as when eight partitions' windows close; a change's value is the time of its statement, right before the commit. A
+stream also gets its snapshot again every 5 s. The clients are raw sockets in a process of their own, on the same
+machine.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Client(asyncio.Protocol):
 
 
 async def clients(port: int) -> None:
-    """The client process: connect, say so, and on each line of stdin say what was seen."""
+    """The client process: connect, report that, and report what was seen for each line of stdin."""
     late: list[float] = []
     loop = asyncio.get_running_loop()
     made: list[Client] = []

@@ -1,7 +1,7 @@
 """The sink against the bare UPDATE, on 200,000 existing rows in batches of 500.
 
 The bare side runs the statement of sql/update_rows.sql for each batch over asyncpg, on as many connections as the sink
-uses, a transaction each, with columns that were decoded beforehand. Ours is the command `agent-metadata sink`: it
+uses, one transaction each, with columns that were decoded beforehand. Ours is the command `agent-metadata sink`: it
 consumes, decodes, merges, sorts, keeps its progress and notifies. Its clock starts when its partitions are assigned and
 ends when its progress has reached the end of the topic.
 """

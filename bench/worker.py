@@ -153,7 +153,7 @@ def main() -> None:
         servers = services.bootstrap_servers
         for shape in (10, 1):
             topic, batches = f"events-{shape}", f"batches-{shape}"
-            harness.say(f"producing {ENTRIES:,} entries, {shape} a report")
+            harness.say(f"producing {ENTRIES:,} entries, {shape} per report")
             harness.fill_events(servers, topic, entries=ENTRIES, entries_a_report=shape)
             harness.create_topic(servers, batches)
 

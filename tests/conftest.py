@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def services(pytestconfig: pytest.Config) -> Iterator[LocalServices]:
-    """A real Kafka and a real Postgres; PIPELINE_SERVICES (env, docker, packages) says where from."""
+    """A real Kafka and a real Postgres; PIPELINE_SERVICES (env, docker, packages) says where they come from."""
     kind = cast("ServicesKind | None", os.environ.get("PIPELINE_SERVICES") or None)
     messages: list[str] = []
     try:
@@ -61,7 +61,7 @@ def services(pytestconfig: pytest.Config) -> Iterator[LocalServices]:
 
 @pytest.fixture(scope="session")
 def kafka_jars() -> list[Path]:
-    """The classpath for brokers of a test's own: PackagedKafka(kafka_jars)."""
+    """The classpath for a test's own brokers: PackagedKafka(kafka_jars)."""
     try:
         return kafka_classpath(print)
     except PipelineError as error:
@@ -89,7 +89,7 @@ async def database_url(services: LocalServices, request: pytest.FixtureRequest) 
 
 @pytest.fixture
 async def deploy(bootstrap_servers: str, database_url: str, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
-    """Make a pipeline of this test's own: `await deploy(window_seconds=1)`; its processes end with the test.
+    """Make a pipeline for this test alone: `await deploy(window_seconds=1)`; its processes end with the test.
 
     `topic_configs`, by role, override what topics/ declares.
     """

@@ -1,4 +1,4 @@
-"""A headless Chromium that is installed on this machine; a page that fails its test on any complaint of the browser."""
+"""A headless Chromium that is installed on this machine; a page that fails its test if the browser complains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from playwright.async_api import Browser, Page, async_playwright
 
 from tests.conftest import unavailable
 
-# No sandbox: CI runs as root. The others keep the browser from asking for anything that is not on this machine.
+# No sandbox: CI runs as root. The others keep the browser from requesting anything that is not on this machine.
 _ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",

@@ -157,7 +157,7 @@ async def test_search_sort_and_pause(page):
         server.change(A1, "disk", "new key")
         age = row(page, A1).locator(".age")
         paused_age = await age.text_content()
-        await page.wait_for_timeout(2_500)  # nothing may happen, and no event tells of that
+        await page.wait_for_timeout(2_500)  # nothing may happen, and no event would announce that
         await expect(cell(page, A1, 0)).to_have_text("9%")
         assert await age.text_content() == paused_age
         await page.click("#pause")

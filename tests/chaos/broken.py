@@ -1,4 +1,4 @@
-"""The roles with one piece of their code replaced: to see that the oracle notices, or that a stuck role ends.
+"""The roles with one piece of their code replaced: to check that the oracle notices, or that a stuck role ends.
 
 `python -m tests.chaos.broken commit_first worker` runs a worker that commits source offsets before its window is safe.
 What a mutant replaces is named by attribute, so a rename in the pipeline fails the import of this module.
@@ -76,11 +76,11 @@ async def _wait_for_ever(*_: Any, **__: Any) -> None:
 
 
 MUTANTS = {
-    # A promise's keeper taken out.
+    # With what keeps a promise removed.
     "commit_first": Mutant(Worker, _deliver, _commit_and_deliver),
     "no_guard": Mutant(store, _statement, _statement_without_guard),
     "no_progress_check": Mutant(store, store.choose_batches, _choose_all),
-    # A consumer that delivers nothing, or an event loop that doesn't turn.
+    # A consumer that delivers nothing, or an event loop that doesn't run.
     "worker_without_records": Mutant(ChunkConsumerThread, ChunkConsumerThread.getmany, _wait_for_ever),
     "worker_without_turns": Mutant(SourcePartition, SourcePartition.take, lambda *_: time.sleep(3600)),
     "sink_without_records": Mutant(ConsumerThread, ConsumerThread._deliver, lambda *_: None),

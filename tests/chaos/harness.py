@@ -37,7 +37,7 @@ Fault = Callable[["Run"], AbstractAsyncContextManager[None]]
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is done, each at its second; after that everything has to come right by itself.
+    """What is done, each at its second; after that everything has to recover by itself.
 
     `seconds`: how long the load runs, at least. Times are stretched by up to a quarter, by the seed.
     `prepare`: around everything, the database included; yields options for `create database`.
@@ -56,7 +56,7 @@ class Scenario:
     dead_letters: int = 0
     dead_letters_repeat: bool = False
     needs: Callable[[], str | None] | None = None  # why it can't run here
-    is_selected: bool = False  # for `make test`, which has five minutes for all of it
+    is_selected: bool = False  # for `make test`, which has five minutes for all of them
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Services:
     postgres: PackagedPostgres
 
     async def heal(self) -> None:
-        """Start what a scenario that failed has left down."""
+        """Start what a failed scenario has left stopped."""
         await asyncio.to_thread(self.kafka.start)
         await asyncio.to_thread(self.postgres.start)
 
@@ -86,7 +86,7 @@ class Run:
         self.seed = seed
         self.members: list[Member] = []  # those that left included
         self.processes: list[Any] = []  # all that were ever started
-        self._module = module  # a worker or sink is `python -m` this
+        self._module = module  # a worker or sink is run as `python -m` this
         self._folder = folder
         self._database = f"chaos_{uuid.uuid4().hex[:8]}"
         self._cleanup = AsyncExitStack()
@@ -96,7 +96,7 @@ class Run:
     async def perform(self) -> Verdict:
         """Run the scenario; whatever happens, its processes end and the services are whole again.
 
-        Raises: AssertionError, if something does not come to an end in time, with the end of each log.
+        Raises: AssertionError, if something does not end in time, with the end of each log.
         """
         started = time.monotonic()
         async with self._cleanup:

@@ -14,7 +14,7 @@ from confluent_kafka import Producer
 
 from pipeline.core.report import Entry, Report, encode_report
 
-POISON = "poison"  # a value that ends so is accepted, and is not expected in the table
+POISON = "poison"  # a value with this ending is accepted, and is not expected in the table
 KEYS = ("cpu", "disk", "load", "memory")
 Table = dict[tuple[str, str], tuple[str, str, datetime]]
 
@@ -52,7 +52,7 @@ class Load:
     `lasting` are the agents whose clocks stand still; they report to the end.
 
     Every value begins with the number of its report, "17 ..." of the 17th: of two values of a pair the later arrival
-    has the higher one. So an old value shows by itself in the table, its audit and listeners, ties included.
+    has the higher one. So an old value is recognisable in the table, its audit and listeners, ties included.
     """
 
     def __init__(self, client_config: dict[str, Any], topic: str, shape: LoadShape, seed: int) -> None:
@@ -114,7 +114,7 @@ class Load:
             pass
 
     def forget(self, deleted: dict[int, tuple[int, int]]) -> int:
-        """Expect nothing of records that Kafka deleted unread, by partition [first, end); return their number."""
+        """Expect nothing from records that Kafka deleted unread, by partition [first, end); return their number."""
         lost = []
         for number, accepted in self._accepted.items():
             first, end = deleted.get(accepted.partition, (0, 0))

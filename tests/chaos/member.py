@@ -19,7 +19,7 @@ _RESTART_SECONDS = 0.3
 class Member:
     """One worker, sink or listener, started again by its supervisor whenever it ends, however it ends.
 
-    `ends` has a line for each process that ended without being asked to, or badly.
+    `ends` has a line for each process that ended without being asked to, or with an error.
     """
 
     def __init__(self, run: Run, role: str, *arguments: str) -> None:

@@ -24,7 +24,7 @@ _WORKERS_AND_SINKS = [
         workers=3,
     ),
     Scenario(
-        "worker_frozen",  # for longer than the session timeout: another takes over, and then the first goes on
+        "worker_frozen",  # for longer than the session timeout: another takes over, and then the first resumes
         steps=during(2, 8, processes.frozen("worker")),
         workers=2,
         seconds=11,
@@ -112,7 +112,7 @@ _POSTGRES = [
     Scenario("postgres_killed", steps=during(2, 2, postgres.crashed)),
     Scenario("postgres_backend_killed", steps=[(2, postgres.kill_backend), (5, postgres.kill_backend)]),
     Scenario(
-        "postgres_down",  # for 200 windows: as with the default of 5 s a window, for a quarter of an hour
+        "postgres_down",  # for 200 windows, which with the default of 5 s per window is a quarter of an hour
         steps=during(2, 22, postgres.stopped),
         seconds=24,
         settings={"window_seconds": 0.1},
@@ -163,7 +163,7 @@ _BAD_RECORDS = [
         dead_letters=10,
     ),
     Scenario(
-        "dead_letter_topic_missing",  # the worker waits for it and drops nothing, kill -9 included
+        "dead_letter_topic_missing",  # the worker waits for it and drops nothing, even on kill -9
         steps=[
             (2, all_of(kafka.delete_topic("dead_letter"), reports.produce("events", reports.bad_reports(5)))),
             (4, processes.kill("worker")),

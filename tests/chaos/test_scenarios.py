@@ -15,7 +15,7 @@ BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 
 @pytest.fixture(scope="module")
 def own_services(kafka_jars):
-    """A Kafka and a Postgres of these tests' own: they are broken on purpose."""
+    """A Kafka and a Postgres for these tests alone: they are broken on purpose."""
     with PackagedKafka(kafka_jars) as kafka, PackagedPostgres() as postgres:
         yield Services(kafka, postgres)
 

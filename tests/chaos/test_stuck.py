@@ -1,4 +1,4 @@
-"""A consumer that is stuck ends its process; an outage, which looks alike from inside, doesn't."""
+"""A consumer that is stuck ends its process; an outage, which looks the same from inside, doesn't."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ from pipeline.local.process import free_port
 from tests.chaos.broken import MUTANTS
 from tests.support.deployment import DEADLINE_SECONDS, Deployment, ask, eventually
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(400)]  # they wait for what takes its time on purpose
+pytestmark = [pytest.mark.services, pytest.mark.timeout(400)]  # they wait for things that are slow on purpose
 
 STUCK_SECONDS = 15  # the least that the setting takes
 
@@ -81,13 +81,13 @@ async def test_broker_that_is_stopped_is_an_outage_which_worker_and_sink_wait_ou
                 for role, port in ports.items():
                     away = (503, "Kafka has not answered for ")
                     await eventually(f"{role} notices", lambda p=port, a=away: begins_with(p, "/ready", a))
-                await asyncio.sleep(STUCK_SECONDS + 10)  # the outage itself: longer than what would be stuck
+                await asyncio.sleep(STUCK_SECONDS + 10)  # the outage itself: longer than what would count as stuck
                 assert [process.poll() for process in processes] == [None, None]
                 assert [ask(port, "/live")[0] for port in ports.values()] == [200, 200]
             finally:
                 os.kill(kafka.pid, signal.SIGCONT)
             report(deployment, 2)
-            # Kafka's clients take up to their request timeout, 40 s, to give a connection up that was silent.
+            # Kafka's clients take up to their request timeout, 40 s, to give up a connection that was silent.
             await eventually("rows are right", lambda: values_are(deployment, "2"), 180)
             for role, port in ports.items():
                 await eventually(f"{role} is ready again", lambda p=port: ask(p, "/ready")[0] == 200)

@@ -71,7 +71,7 @@ async def judge(run: Run) -> Verdict:
 async def _read_audit(run: Run, verdict: Verdict) -> None:
     async with run.connection() as connection:
         verdict.moves_back = await connection.fetchval("select count(*) from audit_rows where went_back")
-        # Each value is produced once, so a batch that took effect twice would write one a second time.
+        # Each value is produced once, so a batch that took effect twice would write one of them again.
         repeated = await connection.fetchval(
             "select count(*) from "
             "(select from audit_rows group by agent_id, key, value having count(*) > 1) as repeated"

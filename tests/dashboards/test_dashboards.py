@@ -24,7 +24,7 @@ def dashboard():
 
 
 def expressions():
-    """(where it stands, PromQL) of every query and rule."""
+    """(panel or alert, PromQL) of every query and rule."""
     for panel in dashboard()["panels"]:
         for target in panel["targets"]:
             yield panel["title"], target["expr"].replace("$__rate_interval", "1m")

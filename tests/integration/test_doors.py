@@ -1,4 +1,4 @@
-"""The library's doors: README's first example of Python, as it stands there, against a real pipeline."""
+"""The library's doors: the README's first Python example, exactly as printed, against a real pipeline."""
 
 import asyncio
 import os

@@ -64,7 +64,7 @@ async def hearing(listener):
 
 
 class Proxy:
-    """A way to the database that can be closed for new connections, can go silent, and tells of failed connections."""
+    """A way to the database that can be closed for new connections, can go silent, and reports failed connections."""
 
     def __init__(self, database_url):
         self._target = urlsplit(database_url)
@@ -87,7 +87,7 @@ class Proxy:
             writer.close()
 
     def silence(self):
-        """Carry nothing any more through the connections that are open now."""
+        """Stop carrying anything through the connections that are open now."""
         self._silent.update(self._writers)
 
     async def _serve(self, reader, writer):

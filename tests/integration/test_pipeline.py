@@ -1,4 +1,4 @@
-"""The whole data path, by processes, on a real Kafka and a real Postgres."""
+"""The whole data path, as processes, on a real Kafka and a real Postgres."""
 
 import asyncio
 import uuid
@@ -40,7 +40,7 @@ async def test_reports_become_rows_and_listeners_are_told(deploy, database_url):
         for number in range(20):
             report_all(producer, number, expected)
     await deployment.wait_for(expected)
-    await eventually("all agents are told of", lambda: told == set(AGENTS))
+    await eventually("all agents are notified of", lambda: told == set(AGENTS))
     await listening.close()
 
 

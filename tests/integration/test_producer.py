@@ -27,7 +27,7 @@ NOBODY = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
 @pytest.fixture
 def topic(bootstrap_servers):
     name = f"producer-{uuid.uuid4()}"
-    admin = AdminClient({"bootstrap.servers": bootstrap_servers})  # a name, for it must outlive the wait
+    admin = AdminClient({"bootstrap.servers": bootstrap_servers})  # named, because it must outlive the wait
     admin.create_topics([NewTopic(name, PARTITIONS)])[name].result(30)
     return name
 

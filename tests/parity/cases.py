@@ -16,7 +16,7 @@ Text = str | tuple[str, str]  # a value, or (value, error)
 
 @dataclass(frozen=True)
 class Add:
-    """One report of an agent, collected at `at`: one time, one a key, or None for the server's.
+    """One report of an agent, collected at `at`: one time, one per key, or None for the server's.
 
     `values` is a mapping, or pairs where a key comes twice. `refused` is what the error says, if there has to be one.
     """
@@ -49,7 +49,7 @@ class Advance:
 
 @dataclass(frozen=True)
 class Expect:
-    """What must be so now: batches by reason so far, entries flushed so far, agents told since the last look, rows.
+    """What must hold now: batches by reason so far, entries flushed so far, agents told since the last look, rows.
 
     `sizes` and `utilization` are (count, sum) of metadatabatcher's histograms; `never` are pairs that have a row
     without a value yet.
@@ -92,12 +92,12 @@ class Tried:
 
 @dataclass(frozen=True)
 class Restore:
-    """The database is well again."""
+    """The database works again."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A named run; `batch` is the batch size, 500 unless said, and a window's capacity as well, unless said."""
+    """A named run; `batch` is the batch size, 500 unless given, and also the window's capacity, unless given."""
 
     name: str
     steps: list[Any]

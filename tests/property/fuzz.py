@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tests.support.strategies import RECORD_VALUES, check_decoders
 
-# Hypothesis varies what it found interesting within one run, and starts over with the next.
+# Hypothesis varies what it found interesting within one run, and starts afresh in the next.
 EXAMPLES_A_RUN = 2000
 DAMAGED_A_VALUE = 50
 PIECES = [

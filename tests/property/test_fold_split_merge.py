@@ -52,7 +52,7 @@ def fold(some, *, chunk=1000, capacity=10**6):
 
 
 def naive(some):
-    """The rule in its plainest words: newest wins, the later arrival on a tie."""
+    """The rule at its plainest: newest wins, the later arrival on a tie."""
     newest = {}
     for report in some:
         for entry in report.entries:

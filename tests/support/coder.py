@@ -1,4 +1,4 @@
-"""Coder's own tables, where the pipeline writes into its database."""
+"""Coder's own tables, for a pipeline that writes into coder's database."""
 
 # As coder makes it: a definition has no defaults, and belongs to an agent.
 CODERS_TABLES = """

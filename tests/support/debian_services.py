@@ -77,7 +77,7 @@ def _is_ready(binaries: Path, port: int) -> bool:
 
 @contextmanager
 def pgbouncer(folder: Path, database_url: str, **settings: str) -> Iterator[str]:
-    """Put a PgBouncer before a database, with its defaults but for `settings`; yield the URL through it."""
+    """Put a PgBouncer in front of a database, with its defaults except for `settings`; yield the URL through it."""
     program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         _missing("pgbouncer")

@@ -17,7 +17,7 @@ def families(text):
 
 
 def breaches(text):
-    """Return in what an exposition breaks the rules, a line each."""
+    """Return how an exposition breaks the rules, one line for each."""
     problems = []
     for family in families(text):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", family.name):

@@ -74,7 +74,7 @@ def pem_files(folder: Path) -> dict[str, Path]:
 
 
 def _pkcs8(certificate: trustme.LeafCert, password: bytes | None = None) -> list[bytes]:
-    """Return the key in the only form that Kafka reads, and the certificate chain."""
+    """Return the key in the only format that Kafka reads, and the certificate chain."""
     key = serialization.load_pem_private_key(certificate.private_key_pem.bytes(), None)
     encryption = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
     text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)

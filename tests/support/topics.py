@@ -11,7 +11,7 @@ from tests.support.deployment import eventually
 
 
 async def recreate_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> None:
-    """Delete topics and create each again, under a new id, as soon as Kafka has done away with the old one."""
+    """Delete topics and create each again, under a new id, as soon as Kafka has removed the old one."""
     await asyncio.to_thread(delete_topics, client_config, specs)
     missing = dict(specs)
 

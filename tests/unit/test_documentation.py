@@ -1,4 +1,4 @@
-"""What the documentation says in tables and links is so."""
+"""What the documentation says in tables and links is true."""
 
 import json
 import re

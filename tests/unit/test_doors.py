@@ -1,4 +1,4 @@
-"""What `import pipeline` gives, and what it costs."""
+"""What `import pipeline` provides, and what it costs."""
 
 import subprocess
 import sys

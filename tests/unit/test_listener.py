@@ -1,4 +1,4 @@
-"""The listener without a database: what is hard to time with one."""
+"""The listener without a database, for what is hard to time with one."""
 
 import asyncio
 import uuid

@@ -1,4 +1,4 @@
-"""Settings: what is wrong is named, with its value and what is allowed, and never with a password."""
+"""Settings: a wrong one is named, with its value and what is allowed, and never with a password."""
 
 import pytest
 

@@ -1,7 +1,7 @@
 """What a scenario can do to a pipeline, by subject.
 
-An action is called with the run and done with. A fault that lasts is an async context manager: `during` enters it, and
-leaves it by the time that the run ends.
+An action is called once, with the run. A fault that lasts is an async context manager: `during` enters it, and leaves
+it before the run ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def all_of(*actions: Action) -> Action:
 
 
 def during(first: float, last: float, fault: Fault) -> list[tuple[float, Action]]:
-    """Have a fault last from one second to another: the steps of both."""
+    """Return the steps that begin a fault at one second and end it at another."""
 
     async def begin(run: Run) -> None:
         await run.begin(fault)

@@ -87,13 +87,13 @@ async def lose_events_to_retention(run: Run) -> None:
     ends = await asyncio.to_thread(run.ends, topic)
     await run.ask_kafka(lambda admin: admin.delete_records([TopicPartition(topic, *end) for end in ends.items()]))
     lost = run.load.forget({number: (begins.get(number, 0), end) for number, end in ends.items()})
-    assert lost, "nothing was reported meanwhile: the scenario shows nothing"
+    assert lost, "nothing was reported meanwhile, so the scenario shows nothing"
     await start_load(run)
     run.join("worker")
 
 
 def add_partitions(count: int) -> Action:
-    """Have more partitions of both topics; an agent's reports may come from two of them for a while."""
+    """Add partitions to both topics; an agent's reports may come from two of them for a while."""
 
     async def act(run: Run) -> None:
         run.load.ties = False

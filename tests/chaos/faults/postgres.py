@@ -1,4 +1,4 @@
-"""Faults of Postgres: the server, its sessions, what it has room for."""
+"""Faults of Postgres: its server, its sessions, its space."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def _end_sessions(connection: Any, condition: str) -> None:
 
 @asynccontextmanager
 async def no_free_connections(run: Run) -> AsyncIterator[None]:
-    """Leave none for a sink, and end those it has."""
+    """Leave no connections for a sink, and end those that it has."""
     taken: list[Any] = []
     refusals = 0
     try:
@@ -103,7 +103,7 @@ async def _unrelated_connection(run: Run) -> Any:
 
 @asynccontextmanager
 async def read_only(run: Run) -> AsyncIterator[None]:
-    """Refuse writes, as a standby does, of open sessions too."""
+    """Refuse writes, as a standby does, in open sessions too."""
     await _set_read_only(run, "on")
     try:
         yield

@@ -61,7 +61,7 @@ def join(role: str) -> Action:
 
 
 def leave(role: str) -> Action:
-    """Have the newest end for good, by SIGTERM."""
+    """End the newest for good, by SIGTERM."""
 
     async def act(run: Run) -> None:
         await run.active(role)[-1].leave()

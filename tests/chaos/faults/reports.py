@@ -26,7 +26,7 @@ async def catch_up(run: Run) -> None:
 
 
 def at_rest(*actions: Action) -> Action:
-    """Stop the load, wait until everything is applied, do these, and go on with the load."""
+    """Stop the load, wait until everything is applied, do these, and resume the load."""
 
     async def act(run: Run) -> None:
         for action in (stop_load, catch_up, *actions, start_load):
@@ -52,13 +52,13 @@ def produce(role: str, records: Sequence[tuple[bytes, bytes]], partition: int = 
 
 
 def bad_reports(count: int) -> list[tuple[bytes, bytes]]:
-    """Records that are no reports, in several ways."""
+    """Records that are not reports, of several kinds."""
     kinds = (b"{", b"\xff\xfe", b'{"agent_id":"agent-7","entries":[{"key":"k"}]}', b"[]")
     return [(b"bad %d" % number, kinds[number % len(kinds)]) for number in range(count)]
 
 
 def bad_batches(count: int) -> list[tuple[bytes, bytes]]:
-    """Records that are no batches, in several ways."""
+    """Records that are not batches, of several kinds."""
     kinds = (b"{", b"\xff\xfe", b'{"version":2}')
     return [(b"", kinds[number % len(kinds)]) for number in range(count)]
 

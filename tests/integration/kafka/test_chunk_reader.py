@@ -1,4 +1,4 @@
-"""The replay's reader, on a real Kafka: exactly the range, whatever the record batches; no waiting for what is gone."""
+"""The replay's reader, on a real Kafka: exactly the range, in any record batches; no waiting for lost records."""
 
 import asyncio
 import uuid

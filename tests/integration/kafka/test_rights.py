@@ -31,7 +31,7 @@ pytestmark = pytest.mark.services
 AGENT = UUID("0b7c1e1c-3a54-4be5-9f0e-2a8f7b1ac002")
 ROLES = ("events", "batches", "dead-letter")
 PRODUCE = ("produce", "--agents", "3", "--duration", "2")
-# How the commands end whose rights are enough; status and why find what is wrong here, as nothing runs.
+# How the commands end if their rights suffice; status and why find problems here, as nothing runs.
 COMMANDS = {
     "`produce`, your producers": (PRODUCE, 0),
     "`status`": (("status",), 1),
@@ -52,7 +52,7 @@ def kafka(kafka_jars: list[Path], tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 class Two:
-    """The same pipeline twice: as one who may do everything, and as USER, who may do nothing yet."""
+    """The same pipeline twice: as a user who may do everything, and as USER, who may do nothing yet."""
 
     def __init__(self, kafka: SecuredKafka, database_url: str, logs: Path) -> None:
         self.admin = Deployment(kafka.node.bootstrap_servers, database_url, logs)

@@ -1,4 +1,4 @@
-"""Kafka over TLS and SASL: the whole way works, and what is refused ends in one line that says what to do."""
+"""Kafka over TLS and SASL: the whole path works, and what is refused ends in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.secured_kafka import (
 pytestmark = pytest.mark.services
 
 AGENT = UUID("0b7c1e1c-3a54-4be5-9f0e-2a8f7b1ac001")
-# A word of its own, so that it is found wherever it is shown.
+# A unique word, so that it is found wherever it is shown.
 WRONG = "-".join(("wrong", "pony"))
 # A quiet machine needs 3 s, most of it to start Python.
 REFUSED_SECONDS = 40

@@ -41,7 +41,7 @@ def kafka(bootstrap_servers):
 
 @pytest.fixture
 def specs():
-    """Declarations of this test's own topics, of 3 partitions."""
+    """Declarations of topics for this test alone, of 3 partitions."""
     test = uuid.uuid4().hex[:8]
     return load_topic_specs(names={role: f"{role}.{test}" for role in ROLES}, partitions=3)
 

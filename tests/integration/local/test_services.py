@@ -1,4 +1,4 @@
-"""Services that are found or started answer, keep their data over a crash, and end with their owner."""
+"""Services that are found or started answer, keep their data through a crash, and end with their owner."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def kafka(kafka_jars: list[Path]) -> Iterator[PackagedKafka]:
 
 def create_topic(servers: str, topic: str) -> None:
     declared = NewTopic(topic, 1, config={"message.timestamp.type": "LogAppendTime"})
-    admin = AdminClient({"bootstrap.servers": servers})  # a name, for it must outlive the wait
+    admin = AdminClient({"bootstrap.servers": servers})  # named, because it must outlive the wait
     admin.create_topics([declared])[topic].result(30)
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.services
 
 
 def samples(port):
-    """Return the values of a live process by (name, labels), names without the prefix."""
+    """Return the values of a live process by (name, labels), with names that lack the prefix."""
     return {
         (sample.name.removeprefix("agent_metadata_"), *sorted(sample.labels.values())): sample.value
         for family in families(ask(port, "/metrics")[1])

@@ -108,7 +108,7 @@ async def test_any_order_repetition_and_cut_ends_in_the_same_table(written, rows
 async def test_any_cut_in_order_with_late_repetitions_keeps_the_last_of_equal_times(
     written, rows, batch_sizes, apply_sizes, data
 ):
-    """What an old owner of the partition, or an old worker, brings again changes nothing, ties included."""
+    """What an old owner of the partition, or an old worker, writes again changes nothing, ties included."""
     store, connection, _ = written
     await empty(connection)
     parts, first, batches = cut(rows, batch_sizes), 0, []

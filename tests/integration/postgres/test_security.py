@@ -19,7 +19,7 @@ pytestmark = pytest.mark.services
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """A folder that a user other than root reaches, as pytest's own are not."""
+    """A folder that users other than root can reach; pytest's own are not."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)

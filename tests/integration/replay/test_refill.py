@@ -61,7 +61,7 @@ async def test_truncated_table_is_noticed_refilled_and_ready_again(deploy):
     await pipeline.wait_for(expected)
     async with pipeline.connection() as holding, holding.transaction():
         await execute(pipeline, "truncate workspace_agent_metadata")
-        # What holds the refill up, so that /ready can be asked meanwhile.
+        # This holds the refill up, so that /ready can be queried meanwhile.
         await holding.execute("lock table workspace_agent_metadata in share mode")
         said = await eventually("/ready is false", lambda: why_not_ready(port))
         assert said == "the table was emptied, and is being refilled\n"

@@ -1,4 +1,4 @@
-"""The sink's consumer: what is asked of its thread, whatever becomes of who asked."""
+"""The sink's consumer: what is asked of its thread, whatever becomes of the caller."""
 
 import asyncio
 import time

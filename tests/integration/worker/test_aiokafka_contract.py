@@ -1,4 +1,4 @@
-"""Holds aiokafka to the private parts that chunks.py and chunk_transport.py read: an upgrade that moves one fails."""
+"""Holds aiokafka to the private parts that chunks.py and transport.py read: it fails if an upgrade moves one."""
 
 import asyncio
 import gc
@@ -214,13 +214,13 @@ def test_batch_with_a_broken_crc_is_taken_where_checks_are_off():
     assert seen(chunked(bytes(broken), check_crcs=False)) == expected(0, 1, 2)
 
 
-# The whole way: a real broker, Faust's consumer thread, aiokafka's fetcher.
+# The whole path: a real broker, Faust's consumer thread, aiokafka's fetcher.
 
 
 def create_topic(servers, *, timestamp_type="CreateTime"):
     topic = f"chunks-{uuid.uuid4()}"
-    admin = AdminClient({"bootstrap.servers": servers})  # a name, for it must outlive the wait
-    config = {"message.timestamp.type": timestamp_type, "retention.ms": "-1"}  # the records' times are of long ago
+    admin = AdminClient({"bootstrap.servers": servers})  # named, because it must outlive the wait
+    config = {"message.timestamp.type": timestamp_type, "retention.ms": "-1"}  # the records' times are long past
     admin.create_topics([NewTopic(topic, 1, config=config)])[topic].result(30)
     return topic
 
@@ -373,7 +373,7 @@ async def test_commit_of_chunk_offsets_is_where_the_next_consumer_begins(bootstr
     tp = TP(topic, 0)
     async with consuming(bootstrap_servers, topic) as (app, up_to):
         await up_to(10)
-        assert app.consumer.committed_offset(tp) == 0  # nothing is committed: taken up at the beginning
+        assert app.consumer.committed_offset(tp) == 0  # nothing is committed: read from the beginning
         assert await app.consumer.commit_offsets({tp: 4}) is True
         assert await app.consumer.commit_offsets({TP(topic, 99): 1}) is False
     async with consuming(bootstrap_servers, topic) as (app, up_to):

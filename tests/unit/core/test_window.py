@@ -113,7 +113,7 @@ def test_close_of_an_empty_window_has_no_range(window):
 
 def test_fold_of_empty_reports_moves_the_range(window):
     window.fold([KafkaRecord(7, T0_MS, None, encode_report(Report(A1, [])))])
-    assert window._agents == {}  # or ever new agents that report nothing would fill the memory
+    assert window._agents == {}  # or new agents that report nothing would fill the memory
     closed = window.close("scheduled", 1.0)
     assert (closed.first, closed.last, closed.rows) == (7, 7, [])
 

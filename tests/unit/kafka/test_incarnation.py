@@ -8,7 +8,7 @@ from pipeline.kafka.topics import Incarnation
 
 
 class Kafka:
-    """Counts questions and answers each when the test says so."""
+    """Counts requests, and answers each when the test says so."""
 
     def __init__(self):
         self.asked = 0

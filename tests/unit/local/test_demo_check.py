@@ -1,4 +1,4 @@
-"""What the demo judges by."""
+"""What the demo checks."""
 
 import json
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""What a private pipeline is called and configured by, without services."""
+"""A private pipeline's names and configuration, without services."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Lag, its age, and what counts as stuck, on a clock and with offsets that a test makes."""
+"""Lag, its age, and what counts as stuck, on a clock and with offsets that the test controls."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Metrics: metadatabatcher's and ours, their names, and the names under which its API is to be found here."""
+"""Metrics: metadatabatcher's and ours, their names, and the names by which its API is found here."""
 
 import pkgutil
 import re
@@ -80,7 +80,7 @@ def test_counterparts_of_go_metrics_are_all_collectors_there_are():
 
 
 def make_all():
-    """Make every role's metrics, each labelled one with a value; return the registries by role."""
+    """Make every role's metrics, each labelled metric with a value; return the registries by role."""
     registries = {role: CollectorRegistry() for role in ("worker", "sink", "listener", "producer", "serve")}
     worker, sink = WorkerMetrics(registries["worker"], "events"), SinkMetrics(registries["sink"], topic="batches")
     listener, _ = ListenerMetrics(registries["listener"]), ProducerMetrics(registries["producer"])

@@ -1,4 +1,4 @@
-"""The file that a replay resumes from: its format is a contract with files that were written before."""
+"""The file that a replay resumes from: its format must stay readable for files that were written earlier."""
 
 import json
 from datetime import UTC, datetime

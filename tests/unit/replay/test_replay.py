@@ -1,4 +1,4 @@
-"""The replay with a topic, a table and a clock of this test's own."""
+"""The replay with a topic, a table and a clock that the test provides."""
 
 import asyncio
 import uuid
@@ -59,7 +59,7 @@ class Topic:
 
 
 class Table:
-    """Writes what is newer than its row, strictly; a dry one counts only."""
+    """Writes what is strictly newer than its row; a dry run only counts."""
 
     def __init__(self, rows=(), *, is_dry=False):
         self.rows = dict(rows)
@@ -113,7 +113,7 @@ held = st.dictionaries(
 
 
 def keyed(some):
-    """Records by partition: all of an agent's in one."""
+    """Records by partition: all of an agent's records are in one."""
     partitions = {0: [], 1: []}
     for agent, second, values in some:
         partitions[AGENTS.index(agent) % 2].append(report(agent, second, **values))
@@ -121,7 +121,7 @@ def keyed(some):
 
 
 def plain(some, rows):
-    """The rule in its plainest words: newest wins, the later on a tie; a row that is as new stays."""
+    """The rule at its plainest: newest wins, the later on a tie; a row that is as new stays."""
     newest = {}
     for agent, second, values in some:
         for key, value in values.items():

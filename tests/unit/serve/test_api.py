@@ -108,7 +108,7 @@ async def test_changes_come_no_faster_than_their_pace_and_end_with_the_last_valu
             seen = [(time.monotonic(), await stream.next())]
             for number in range(1, 26):
                 server.change(A1, "n", str(number))
-                await asyncio.sleep(0.05)  # the load itself: changes that come faster than they may be told
+                await asyncio.sleep(0.05)  # the load itself: changes that come faster than they may be sent
             while seen[-1][1].values()["n"] != "25":
                 event = await stream.next()
                 seen.append((time.monotonic(), event))
@@ -245,7 +245,7 @@ async def test_client_that_stops_reading_is_cut_off_and_the_others_go_on(monkeyp
                         server.change(A2, str(filler), f"{number} " * 1000)
                     while (await stream.next()).values().get("k") != str(number):
                         pass
-                    await asyncio.sleep(0.1)  # the kernel gives up by the clock
+                    await asyncio.sleep(0.1)  # the kernel gives up after a set time
                 assert "agent_metadata_watchers 1.0" in (await get(server.url, "/metrics"))[1]
         finally:
             stuck.close()

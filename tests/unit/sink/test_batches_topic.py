@@ -13,7 +13,7 @@ RECEIVED = [Received(7, None)]
 
 
 class Kafka:
-    """Describes the batches topic, as often as it answers."""
+    """Describes the batches topic, each time it answers."""
 
     def __init__(self):
         self.now = "first-id"

@@ -1,4 +1,4 @@
-"""The sink, with a consumer and a store that a test makes."""
+"""The sink, with a consumer and a store that the test provides."""
 
 import asyncio
 from typing import NamedTuple
