@@ -1,4 +1,4 @@
-"""What went wrong, as types that say what the caller does next; and how long a service may take to answer."""
+"""What went wrong, as types that say what the caller should do next; and how long a service may take to answer."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _FIRST_BACKOFF_SECONDS: Final = 0.1
 _LONGEST_BACKOFF_SECONDS: Final = 5.0
 # A connection that is cut silently (a firewall, a pulled cable) is noticed by a query that gets no answer.
 _KEEPALIVE_SECONDS: Final = 15.0
-# Without a limit of ours the kernel would retransmit for a quarter of an hour before it reports an error.
+# Without our own limit the kernel would retransmit for a quarter of an hour before it reports an error.
 _ANSWER_SECONDS: Final = 30.0
 
 _log = structlog.get_logger(__name__)

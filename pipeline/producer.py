@@ -92,8 +92,8 @@ class MetadataProducer:
     ) -> bool:
         """Queue one report; never blocks. Return False if the local queue was full and the report was dropped.
 
-        Shape: `keys`, `values` and `errors` are equally long, an error being "" where there is none; without keys there
-        is no report. `collected_at` is an aware time for all keys, one per key, or None for the time at which the
+        Shape: `keys`, `values` and `errors` have the same length, an error being "" where there is none; without keys
+        there is no report. `collected_at` is an aware time for all keys, one per key, or None for the time at which the
         report reaches Kafka.
 
         Raises:
@@ -179,7 +179,7 @@ def _report(
     if not len(keys) == len(values) == len(errors) == len(times):
         raise ValueError(
             f"keys ({len(keys)}), values ({len(values)}), errors ({len(errors)}) and collected_at ({len(times)}) "
-            "must be equally long"
+            "must have the same length"
         )
     for key in keys:
         if (problem := key_problem(key)) is not None:

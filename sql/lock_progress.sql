@@ -1,5 +1,5 @@
 -- Purpose: lock and read how far partitions are applied; one without a row gets one at 0.
--- $1 text[] topic ids, $2 int[] partitions, $3 text[] topic names; equally long, sorted by topic id.
+-- $1 text[] topic ids, $2 int[] partitions, $3 text[] topic names; of equal length, sorted by topic id.
 -- Locks: the rows, until the transaction ends: another sink with the same partition waits here.
 insert into agent_metadata_progress as held (topic_id, partition, topic, next_offset)
 select topic_id, partition, topic, 0

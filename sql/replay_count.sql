@@ -1,6 +1,6 @@
 -- Purpose: count the rows that replay_rows.sql would change, and the pairs that it would skip.
--- $1 uuid[] agent ids, $2 text[] keys, $3 bigint[] collected_at in microseconds since the Unix epoch; equally long,
---    each (agent, key) once. $4 boolean: pairs without a row become rows.
+-- $1 uuid[] agent ids, $2 text[] keys, $3 bigint[] collected_at in microseconds since the Unix epoch; of equal
+--    length, each (agent, key) once. $4 boolean: pairs without a row become rows.
 -- Locks: none.
 -- Plan: as for update_rows.sql, pinned by sql/begin_write.sql.
 select

@@ -1,5 +1,5 @@
 -- Purpose: record how far partitions are applied; it never moves back.
--- $1 text[] topic ids, $2 int[] partitions, $3 bigint[] next offsets; equally long.
+-- $1 text[] topic ids, $2 int[] partitions, $3 bigint[] next offsets; of equal length.
 -- Locks: the rows, held already by lock_progress.sql.
 update agent_metadata_progress as held
 set next_offset = greatest(held.next_offset, given.next_offset), updated_at = now()

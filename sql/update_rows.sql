@@ -2,7 +2,7 @@
 --   It returns no more than that, for speed (decision 7 in DESIGN.md).
 -- Guard: a row never goes backwards; in a tie the new value wins; an unchanged row is not written.
 -- $1 uuid[] agent ids, $2 text[] keys, $3 text[] values, $4 text[] errors, $5 bigint[] collected_at in microseconds
---    since the Unix epoch; equally long, each (agent, key) once, sorted by it.
+--    since the Unix epoch; of equal length, each (agent, key) once, sorted by it.
 -- Locks: the rows it changes, in the order of (agent, key), so that two writers don't deadlock.
 -- Plan: nested loop over the primary key, pinned by sql/begin_write.sql; a hash join would read the whole table.
 with changed as (

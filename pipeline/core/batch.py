@@ -100,7 +100,7 @@ class WindowSpan(msgspec.Struct, frozen=True):
 class Batch(msgspec.Struct, frozen=True):
     """Part `part` of `parts` of a window's rows; the source range counts as applied with the last part only.
 
-    Shape: the five columns are equally long, as unnest takes them.
+    Shape: the five columns have the same length, as unnest requires.
     """
 
     source: Source

@@ -69,7 +69,7 @@ async def trace(
 
 
 class _Search:
-    """Recognizes the records with reports of one pair."""
+    """Recognises the records with reports of one pair."""
 
     def __init__(self, agent_id: str, key: str, max_clock_skew: timedelta) -> None:
         self._agent_id = agent_id

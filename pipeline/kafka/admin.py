@@ -17,7 +17,7 @@ from pipeline.kafka.errors import SILENCE, LastError, code_of
 # What brokers without topic ids report (Kafka's Uuid.ZERO_UUID).
 _NO_TOPIC_ID: Final = "AAAAAAAAAAAAAAAAAAAAAA"
 # What librdkafka's mock cluster calls itself (rdkafka_mock.c). It is not recognised by its lack of a controller: a real
-# cluster between two controllers must not be taken for it, or progress would be kept by topic names from then on.
+# cluster between two controllers must not be mistaken for it, or progress would be kept by topic names from then on.
 _EMBEDDED_CLUSTER_ID: Final = "mockCluster"
 _POLL_SECONDS: Final = 0.05
 # A wait for the cluster is cut into turns of this length, each followed by a check of why nobody has answered.

@@ -139,7 +139,7 @@ class KafkaSecurity(BaseSettings):
             "client.id": "agent-metadata",
             "topic.metadata.refresh.interval.ms": 30_000,
             "log.connection.close": False,
-            "logger": logging.getLogger("librdkafka"),  # else it writes to stderr in a format of its own
+            "logger": logging.getLogger("librdkafka"),  # otherwise it writes to stderr in its own format
         }
 
     def _librdkafka_security(self) -> dict[str, str]:

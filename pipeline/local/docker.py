@@ -91,7 +91,7 @@ def start_postgres_container(stack: ExitStack) -> str:
 
 def _require_engine() -> None:
     try:
-        import testcontainers  # noqa: F401 - only whether it is there
+        import testcontainers  # noqa: F401 - only to see whether it is installed
     except ImportError:
         raise ConfigError(
             "services from Docker need testcontainers: pip install 'agent-metadata-pipeline[dev]'"

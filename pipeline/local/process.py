@@ -173,7 +173,7 @@ class LocalServer(ABC):
     name: ClassVar[str]
     """What messages call it."""
     start_seconds: ClassVar[float]
-    """How long a start may take, recovery after a crash included."""
+    """How long startup may take, recovery after a crash included."""
     stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
     """What shuts it down cleanly."""
 

@@ -1,1 +1,1 @@
-"""What a monitor sees of a process: metrics, lag, health, logs."""
+"""What monitoring sees of a process: metrics, lag, health, logs."""

@@ -1,4 +1,4 @@
-"""Everything that is asked of Postgres; knows no stage and no Settings.
+"""All queries to Postgres; depends on no stage and not on Settings.
 
 store.py                        the transaction: guarded rows, progress and NOTIFY
 progress.py                     which batches are applied already

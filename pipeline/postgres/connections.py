@@ -149,6 +149,6 @@ async def _share_servers(one: asyncpg.Connection, other: asyncpg.Connection) -> 
 
 
 async def _server_pid(connection: asyncpg.Connection) -> int:
-    async with connection.transaction():  # else a pooler may give a statement's halves to two processes
+    async with connection.transaction():  # otherwise a pooler may give a statement's halves to two processes
         pid: int = await connection.fetchval("select pg_backend_pid()")
     return pid

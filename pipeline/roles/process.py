@@ -17,7 +17,7 @@ import structlog
 from pipeline.errors import ExitCode
 from pipeline.settings import SHUTDOWN_SECONDS
 
-# How much longer than SHUTDOWN_SECONDS a stop may take, to close all connections; `run` waits a second more.
+# How much longer than SHUTDOWN_SECONDS a shutdown may take, to close all connections; `run` waits a second more.
 _OVERDUE_SECONDS: Final = 4.0
 
 _log = structlog.get_logger(__name__)

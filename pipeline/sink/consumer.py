@@ -176,7 +176,7 @@ class BatchConsumer:
                 self._on_lost(partitions)
 
     def _advance(self, partition: int, offset: int, timestamp_ms: int) -> None:
-        if (before := self._positions.get(partition)) is not None:  # else it was lost meanwhile
+        if (before := self._positions.get(partition)) is not None:  # otherwise it was lost meanwhile
             self._positions[partition] = Position(offset, offset, max(before.not_before, timestamp_ms / 1000))
 
 

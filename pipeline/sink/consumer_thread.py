@@ -61,7 +61,7 @@ class ConsumerThread:
     """Owns librdkafka's consumer; nobody else touches it, and what it learns arrives on the event loop as events.
 
     `locate(partitions)` runs on the event loop and returns where to start; until it does, the consumer stays in the
-    group and rebalances go on. `on_event` is called on the event loop, in the order of the events.
+    group and rebalances continue. `on_event` is called on the event loop, in the order of the events.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class ConsumerThread:
                 _log.warning("consume_failed", topic=self._topic, error=error.str())
         for partition, records in by_partition.items():
             if records[0].offset() < self._expected.get(partition, 0):
-                # Its batches would be taken for those of the same offsets that were applied long ago.
+                # Its batches would be mistaken for those with the same offsets that were applied long ago.
                 raise TopicMismatch(f"{self._topic} was recreated while this sink read it: start it again")
             self._expected[partition] = records[-1].offset() + 1
             self._emit(Fetched(partition, records))
@@ -213,7 +213,7 @@ class ConsumerThread:
         self._loop.call_soon_threadsafe(self._on_event, event)
 
     def _regulate(self) -> None:
-        """Pause fetching while too much waits for Postgres; polling goes on, so the group keeps us."""
+        """Pause fetching while too much waits for Postgres; polling continues, so the group keeps us."""
         limit = self._max_buffered_bytes // 2 if self.is_paused else self._max_buffered_bytes
         is_full = self.buffered_bytes > limit
         if is_full != self.is_paused:

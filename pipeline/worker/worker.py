@@ -144,7 +144,7 @@ class Worker:
     async def _fold(self, stream: streams.Stream[Chunk]) -> None:
         async for event in stream.events():
             partition = self._partitions.get(event.message.partition)
-            if partition is not None:  # else it was revoked while the chunk was in flight; its new owner reads it
+            if partition is not None:  # or it was revoked while the chunk was in flight; its new owner reads it
                 await partition.take(event.value)
 
     async def _deliver(self, number: int, closed: ClosedWindow) -> None:

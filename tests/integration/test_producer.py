@@ -127,7 +127,7 @@ def test_add_without_keys_sends_nothing(producer, sent):
     ],
 )
 def test_add_of_unequal_lengths_names_them_all_and_queues_nothing(producer, sent, keys, values, errors, times):
-    with pytest.raises(ValueError, match="equally long") as raised:
+    with pytest.raises(ValueError, match="same length") as raised:
         producer.add(A1, keys, values, errors, times)
     counted = len(times) if isinstance(times, list) else len(keys)
     for name, count in (("keys", keys), ("values", values), ("errors", errors)):

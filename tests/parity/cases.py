@@ -349,7 +349,7 @@ CASES = [
     Case(
         "unequal lengths: an error, and nothing queued",
         [
-            Add(1, {"k": "v", "l": "w"}, [0], refused="must be equally long"),
+            Add(1, {"k": "v", "l": "w"}, [0], refused="must have the same length"),
             Add(1, {"k": "1"}, 0),
             Expect({"capacity": 1}, 1, {1}, {(1, "k"): ("1", 0)}),
         ],

@@ -162,7 +162,7 @@ class Batcher:
         else:
             with pytest.raises(ValueError, match=step.refused):
                 self._producer.add(agent_id(step.agent), keys, values, errors, times)
-            self._added += "equally long" not in step.refused
+            self._added += "same length" not in step.refused
 
     def _add_many(self, agent: int, reports: int) -> None:
         for number in range(reports):

@@ -27,7 +27,7 @@ GOOD_BATCH = encode_batch(
     Batch(Source("e", "id", 0, 1, 2), WindowSpan(0, 1), "scheduled", 1, 1, ["a"], ["k"], ["v"], [""], [0])
 )
 _FIELDS = ["agent_id", "entries", "collected_at", "key", "value", "error", "source", "keys", "version", "first"]
-# All of Unicode: including NUL, lone surrogates and code points beyond 16 bits. Long ones repeat short ones.
+# All of Unicode, including NUL, lone surrogates and code points beyond 16 bits. Long ones repeat short ones.
 _TEXT = st.text(st.characters(exclude_categories=()), max_size=20)
 _TEXTS = st.one_of(_TEXT, st.builds(lambda text, times: text * times, _TEXT, st.sampled_from([100, 2048, 6145])))
 _ANY_TIME = r"[0-9]{1,5}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,12})?"
