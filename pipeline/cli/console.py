@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 import uvloop
@@ -18,6 +18,8 @@ from pipeline.settings import Settings, load_settings
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+T = TypeVar("T")
 
 
 class _PlainHelp:
@@ -61,10 +63,10 @@ def command_settings(**overrides: Any) -> Settings:
     return settings
 
 
-def run_job(job: Awaitable[Any]) -> Any:
+def run_job(job: Awaitable[T]) -> T:
     """Run one job on an event loop of its own; return its result."""
 
-    async def wrapped() -> Any:
+    async def wrapped() -> T:
         return await job
 
     return uvloop.run(wrapped())

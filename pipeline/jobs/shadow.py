@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from asyncpg import Connection
@@ -28,7 +28,7 @@ class ShadowDiff(msgspec.Struct):
     only_live: int
     only_shadow: int
     unsettled: int
-    pairs: list[dict[str, Any]]
+    pairs: list[dict[str, str | None]]
 
 
 async def shadow_diff(connection: Connection, *, live_schema: str, settle_seconds: float) -> ShadowDiff:

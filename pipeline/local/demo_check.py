@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.local.deployment import ask
+from pipeline.postgres.connections import Connection
 from pipeline.postgres.store import read_rows
 
 Pair = tuple[str, str]
@@ -89,7 +90,7 @@ class Changes:
         return {"p50": round(cuts[49], 3), "p99": round(cuts[98], 3)}
 
 
-async def count_mismatched(connection: Any, expected: Mapping[Pair, Content]) -> int:
+async def count_mismatched(connection: Connection, expected: Mapping[Pair, Content]) -> int:
     """Count the rows of the table that are missing, wrong or unexpected."""
     rows = {(str(row[0]), row[1]): tuple(row)[2:] for row in await read_rows(connection, None)}
     wrong = sum(rows.get(pair) != content for pair, content in expected.items())

@@ -235,14 +235,14 @@ class Deployment:
             process.wait()
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[Any]:
+    async def connection(self) -> AsyncIterator[asyncpg.Connection]:
         """Connect to its tables."""
         async with _connection(self.settings.database_url.get_secret_value()) as connection:
             yield connection
 
 
 @asynccontextmanager
-async def _connection(url: str) -> AsyncIterator[Any]:
+async def _connection(url: str) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(url)
     try:
         yield connection
