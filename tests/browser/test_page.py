@@ -71,7 +71,7 @@ async def test_values_errors_and_ages_appear_and_change(page):
 
 
 async def test_pair_becomes_stale_after_three_of_its_usual_intervals_and_fresh_again(page, monkeypatch):
-    monkeypatch.setattr(pipeline.serve.live, "_LEAST_STALE_SECONDS", 1.0)
+    monkeypatch.setattr(pipeline.serve.live, "_MIN_STALE_SECONDS", 1.0)
     async with serving() as server:
         for ago in (2.0, 1.0, 0.0):
             server.change(A1, "cpu", "12%", ago=ago)
