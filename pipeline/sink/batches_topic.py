@@ -8,7 +8,7 @@ from typing import Final
 
 import structlog
 
-from pipeline.errors import ANSWER_SECONDS, ServiceUnavailable, TopicMismatch
+from pipeline.errors import ServiceUnavailable, TopicMismatch
 from pipeline.kafka.topics import Incarnation, TopicFacts, require_topics
 from pipeline.postgres.progress import PartitionId, Received
 from pipeline.postgres.store import Applied, Reject, Store
@@ -39,9 +39,7 @@ class BatchesTopic:
         while True:
             try:
                 # Asked each time: the topic may have been deleted and recreated since.
-                topics = await require_topics(
-                    self._settings.client_config(), self._settings.declared_topics(), timeout_s=ANSWER_SECONDS
-                )
+                topics = await require_topics(self._settings.client_config(), self._settings.declared_topics())
                 self._topic_id = topics["batches"].topic_id
                 return await self._store.next_offsets(self._topic_id, partitions)
             except ServiceUnavailable as error:

@@ -9,7 +9,7 @@ import mode
 from faust import streams
 
 from pipeline.errors import ConfigError
-from pipeline.kafka.chunks import FETCH_BYTES
+from pipeline.kafka.chunks import FETCH_BYTES, MAX_CHUNKS_PER_POLL
 from pipeline.kafka.credentials import faust_credentials
 from pipeline.settings import Settings
 from pipeline.worker.table import LatestTable, LatestTables
@@ -50,7 +50,7 @@ def new_app(settings: Settings) -> ChunkApp:
         stream_buffer_maxsize=_STREAM_BUFFER_CHUNKS,
         consumer_auto_offset_reset="earliest",
         consumer_max_fetch_size=FETCH_BYTES,
-        broker_max_poll_records=16,
+        broker_max_poll_records=MAX_CHUNKS_PER_POLL,
         broker_max_poll_interval=_YEAR_SECONDS,  # a worker without partitions, or held up by Kafka, stays in the group
         broker_session_timeout=session,
         broker_heartbeat_interval=session / 3,

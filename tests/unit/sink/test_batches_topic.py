@@ -22,7 +22,7 @@ class Kafka:
     async def topic_id(self):
         return self.now
 
-    async def require_topics(self, client_config, specs, *, timeout_s):
+    async def require_topics(self, client_config, specs):
         if self.outages:
             self.outages -= 1
             raise ServiceUnavailable("Kafka can't be reached")
