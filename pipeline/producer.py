@@ -18,7 +18,8 @@ from prometheus_client import CollectorRegistry
 from pipeline.core.report import Entry, Report, apply_limits, encode_report, key_problem
 from pipeline.errors import PipelineError
 from pipeline.kafka.errors import log_unavailable
-from pipeline.monitoring.metrics import PREFIX, ProducerMetrics
+from pipeline.monitoring.consumer_metrics import PREFIX
+from pipeline.monitoring.metrics import ProducerMetrics
 
 # A full queue is logged at most this often. Source: metadatabatcher.
 DROP_WARNING_SECONDS: Final = 10.0

@@ -73,6 +73,13 @@ class Settings(KafkaSecurity):
         description="unique (agent, key) pairs at which a partition's window closes early: the bound on memory; "
         "set it to the batch size for metadatabatcher's behaviour",
     )
+    open_windows_bytes: int = Field(
+        default=134_217_728,
+        ge=1_048_576,
+        le=1_073_741_824,
+        description="bytes of large reports that a worker's open windows may hold together; at its share of it, a "
+        "partition's window closes early",
+    )
     undeclared: Literal["insert", "ignore"] = Field(
         default="insert", description="a pair without a row is inserted, or ignored (metadatabatcher)"
     )
@@ -263,7 +270,7 @@ def _allowed(name: str) -> str | None:
     limits = {limit: getattr(rule, limit) for rule in field.metadata for limit in ("ge", "le") if hasattr(rule, limit)}
     if limits:
         return (
-            f"must be a {'whole ' if field.annotation is int else ''}number from {limits['ge']:g} to {limits['le']:.7g}"
+            f"must be a {'whole ' if field.annotation is int else ''}number from {limits['ge']:.10g} to {limits['le']:.10g}"
         )
     if field.annotation is bool:
         return "must be true or false"

@@ -101,8 +101,12 @@ def _show_status(found: Status, problems: list[str], stale_after: float) -> None
     outage = (
         "?" if found.outage_seconds is None else f"{found.outage_seconds:.0f} s" if found.outage_seconds else "none"
     )
+    uncommitted = sum(item.uncommitted for item in found.partitions)
+    open_for = max((item.uncommitted_seconds for item in found.partitions), default=0.0)
+    transactions = f"{uncommitted:,} records wait, open for {open_for:.0f} s" if uncommitted else "none open"
     for name, text in (
         ("workers, sinks", f"{found.workers}, {found.sinks}"),
+        ("transactions", transactions),
         ("outage", outage),
         ("dead letters", f"{found.dead_letters:,}"),
         ("table", rows),

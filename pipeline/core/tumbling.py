@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from pipeline.core.report import AgentIds
-from pipeline.core.window import OpenWindow
+from pipeline.core.window import UNLIMITED, OpenWindow
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,24 @@ class TumblingWindows:
     metadatabatcher's timer does): what waits in the topic at startup folds into one window.
 
     Units: `size_seconds` may be a fraction (Faust's own windows take whole seconds only); `capacity` counts unique
-    (agent_id, key) pairs.
+    (agent_id, key) pairs; `max_bytes` is what the pairs of large reports may take (see OpenWindow).
     """
 
     size_seconds: float
     partitions: int
     capacity: int
     max_clock_skew: timedelta
+    max_bytes: int = UNLIMITED
 
     def open(self, start: float, agent_ids: AgentIds) -> OpenWindow:
         """Open a window; a partition's windows share `agent_ids`."""
-        return OpenWindow(start, capacity=self.capacity, max_clock_skew=self.max_clock_skew, agent_ids=agent_ids)
+        return OpenWindow(
+            start,
+            capacity=self.capacity,
+            max_bytes=self.max_bytes,
+            max_clock_skew=self.max_clock_skew,
+            agent_ids=agent_ids,
+        )
 
     def full_end(self, now: float) -> float:
         """Return the end of a window that opens now and lasts its whole size."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple
 
@@ -24,8 +25,12 @@ from pipeline.core.report import (
 )
 from pipeline.errors import DecodeError
 
-# The capacity of a window that never fills: more pairs than a record can hold.
-UNLIMITED: Final = 2**31
+# The capacity of a window that never fills.
+UNLIMITED: Final = sys.maxsize
+# Reports of up to 256 bytes, and 128 for each entry, are not measured, as that would cost more than it bounds: their
+# pairs take a few hundred bytes whatever they hold.
+_UNMEASURED_BYTES: Final = 256
+_UNMEASURED_ENTRY_BYTES: Final = 128
 # What sends a record from the fast path to the careful one: it can't be used, or its agent is new.
 _UNCOMMON: Final = (*PARSE_ERRORS, KeyError, DecodeError)
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
@@ -76,10 +81,17 @@ class OpenWindow:
 
     Guarantee: deterministic; reads no clock. An entry replaces the previous one unless it is strictly older, so on
     equal collected_at the later offset wins (metadatabatcher's rule). A report is never split between two windows.
+    Memory: at most `capacity` pairs, and at most `max_bytes`, plus one report, in those of large reports.
     """
 
     def __init__(
-        self, start: float, *, capacity: int, max_clock_skew: timedelta, agent_ids: AgentIds | None = None
+        self,
+        start: float,
+        *,
+        capacity: int,
+        max_clock_skew: timedelta,
+        max_bytes: int = UNLIMITED,
+        agent_ids: AgentIds | None = None,
     ) -> None:
         self.start = start
         self.pairs = 0
@@ -90,6 +102,8 @@ class OpenWindow:
         self.clamped = 0
         self._rejected_bytes = 0
         self._capacity = capacity
+        self._max_bytes = max_bytes
+        self._large_bytes = 0  # an upper bound of what the pairs of large reports take
         self._max_clock_skew = max_clock_skew
         self._agents: dict[str, dict[str, tuple[datetime, Entry]]] = {}
         agent_ids = agent_ids or AgentIds()
@@ -97,7 +111,7 @@ class OpenWindow:
 
     @property
     def is_full(self) -> bool:
-        """Tell whether the window has reached its capacity of unique pairs and must be closed before it takes more.
+        """Tell whether the window has reached its capacity of pairs or bytes and must be closed before it takes more.
 
         A rejected record counts as a pair, as it stays in memory too. MAX_REJECTED_BYTES of them fill any window.
         """
@@ -131,8 +145,11 @@ class OpenWindow:
             try:
                 report = parse_report(raw)
                 agent_id = known[report.agent_id]
-                if len(raw) > SHORT_BYTES or BACKSLASH in raw:
-                    problem = apply_limits(report)
+                if len(raw) > _UNMEASURED_BYTES or BACKSLASH in raw:
+                    if len(raw) > SHORT_BYTES or BACKSLASH in raw:
+                        problem = apply_limits(report)
+                    if len(raw) > _UNMEASURED_BYTES + _UNMEASURED_ENTRY_BYTES * len(report.entries):
+                        capacity = self._measure(report.entries, agents.get(agent_id))
                 moment = report.collected_at
                 if moment is None or moment >= certain:
                     moment = self._believe(moment, record.timestamp)
@@ -141,6 +158,8 @@ class OpenWindow:
                     report, problem = decode_report(raw)
                     agent_id = self._learn(report.agent_id)
                     moment = self._believe(report.collected_at, record.timestamp)
+                    if len(raw) > _UNMEASURED_BYTES + _UNMEASURED_ENTRY_BYTES * len(report.entries):
+                        capacity = self._measure(report.entries, agents.get(agent_id))
                 except DecodeError as error:
                     capacity = self._reject(record, str(error), "undecodable")
                     continue
@@ -173,6 +192,17 @@ class OpenWindow:
             self.last = records[index - 1].offset
         return index
 
+    def reject(self, record: Record, reason: str) -> None:
+        """Keep a record for the dead-letter topic that can't even be folded."""
+        self._reject(record, reason, "undecodable")
+        self.pass_over(record.offset, record.offset + 1)
+
+    def pass_over(self, start: int, next_offset: int) -> None:
+        """Let the source range cover offsets without a record to fold: of aborted transactions, markers, compaction."""
+        if self.first is None:
+            self.first = start
+        self.last = next_offset - 1
+
     def drop_rejected(self) -> int:
         """Forget the rejected records and return how many there were, for readers that only count them."""
         count = len(self.rejected)
@@ -201,7 +231,23 @@ class OpenWindow:
 
     @property
     def _pairs_allowed(self) -> int:
-        return 0 if self._rejected_bytes >= MAX_REJECTED_BYTES else self._capacity - len(self.rejected)
+        if self._rejected_bytes >= MAX_REJECTED_BYTES or self._large_bytes >= self._max_bytes:
+            return 0
+        return self._capacity - len(self.rejected)
+
+    def _measure(self, entries: Sequence[Entry], held_by_key: Mapping[str, tuple[datetime, Entry]] | None) -> int:
+        """Count the memory that a large report will add; return how many pairs the window may now have.
+
+        What it replaces is taken off up to its own size only, because an older entry replaces nothing. So the count may
+        be too high; it is made anew at the limit, and a window that is three quarters full then is left full.
+        """
+        for entry in entries:
+            held = held_by_key.get(entry.key) if held_by_key else None
+            self._large_bytes += max(0, _size(entry) - (_size(held[1]) if held else 0))
+        if self._large_bytes >= self._max_bytes:
+            size = sum(_size(entry) for held_by_key in self._agents.values() for _, entry in held_by_key.values())
+            self._large_bytes = size if size < self._max_bytes * 3 // 4 else self._max_bytes
+        return self._pairs_allowed
 
     def _reject(self, record: Record, reason: str, kind: RejectedKind) -> int:
         """Keep a record for the dead-letter topic; return how many pairs the window may now have."""
@@ -237,6 +283,10 @@ class OpenWindow:
                 return moment
             self.clamped += 1
         return _moment(appended_ms)
+
+
+def _size(entry: Entry) -> int:
+    return sys.getsizeof(entry.key) + sys.getsizeof(entry.value) + sys.getsizeof(entry.error)
 
 
 def _moment(appended_ms: int) -> datetime:

@@ -14,7 +14,7 @@ from asyncpg import Connection
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.errors import ANSWER_SECONDS, ServiceUnavailable
-from pipeline.kafka.admin import KafkaAdmin
+from pipeline.kafka.admin import KafkaAdmin, Offsets
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
 from pipeline.kafka.topics import TopicFacts, require_topics
 from pipeline.postgres.epoch import is_over
@@ -26,7 +26,7 @@ from pipeline.settings import Settings
 _TABLE_SECONDS: Final = 10.0
 _SCRAPE_SECONDS: Final = 2.0
 
-Watermarks = Mapping[int, tuple[int, int]]
+OffsetsByPartition = Mapping[int, Offsets]
 Sample = tuple[str, Mapping[str, str], float]
 
 
@@ -34,7 +34,8 @@ class PartitionStatus(msgspec.Struct):
     """How far worker and sink have got with one partition.
 
     Units: lags in records, of the events topic and of the batches topic; `*_behind_seconds` is how long the oldest
-    unfinished record has waited. `open_pairs` is None if no worker's metrics can be read.
+    unfinished record has waited. `open_pairs` is None if no worker's metrics can be read. `uncommitted` records of the
+    events topic wait in Kafka, in or behind a transaction that was begun `uncommitted_seconds` ago.
     """
 
     partition: int
@@ -44,6 +45,8 @@ class PartitionStatus(msgspec.Struct):
     sink_lag: int = 0
     sink_behind_seconds: float = 0.0
     last_applied_at: datetime | None = None
+    uncommitted: int = 0
+    uncommitted_seconds: float = 0.0
 
 
 class TableStatus(msgspec.Struct):
@@ -75,6 +78,13 @@ class Status(msgspec.Struct):
         worker = max((partition.worker_behind_seconds for partition in self.partitions), default=0.0)
         if worker > worker_may_lag_seconds:
             problems.append(f"the worker is {worker:.0f} s behind: see its log; more workers share the partitions")
+        problems += [
+            f"a transaction in partition {partition.partition} of the events topic has been open for "
+            f"{partition.uncommitted_seconds:.0f} s, and {partition.uncommitted} records wait for its end: see its "
+            f"producer; kafka-transactions.sh finds it and can abort it"
+            for partition in self.partitions
+            if partition.uncommitted_seconds > worker_may_lag_seconds
+        ]
         sink = max((partition.sink_behind_seconds for partition in self.partitions), default=0.0)
         if sink > sink_may_lag_seconds:
             problems.append(f"the sink is {sink:.0f} s behind: see its log, and whether Postgres is slow")
@@ -95,9 +105,9 @@ class LagNow(NamedTuple):
 class _Groups(NamedTuple):
     """Offsets, by partition, and group sizes at one moment."""
 
-    events: Watermarks
-    batches: Watermarks
-    dead_letters: Watermarks
+    events: OffsetsByPartition
+    batches: OffsetsByPartition
+    dead_letters: OffsetsByPartition
     committed: Mapping[int, int]
     workers: int
     sinks: int
@@ -120,6 +130,7 @@ async def gather_status(
     worker = await _lags(settings, topics["events"], groups.committed, groups.events)
     next_offsets = {number: row["next_offset"] for number, row in applied.items()}
     sink = await _lags(settings, topics["batches"], next_offsets, groups.batches)
+    open_for = await _open_for(settings, topics["events"], groups.events)
     samples = await asyncio.to_thread(_scrape, metrics_urls)
     return Status(
         workers=groups.workers,
@@ -131,10 +142,12 @@ async def gather_status(
                 _open_pairs(samples, number),
                 *sink[number],
                 applied[number]["updated_at"] if number in applied else None,
+                groups.events[number].end - groups.events[number].stable,
+                open_for[number],
             )
             for number in sorted(groups.events)
         ],
-        dead_letters=sum(high - low for low, high in groups.dead_letters.values()),
+        dead_letters=sum(offsets.stable - offsets.earliest for offsets in groups.dead_letters.values()),
         table=await _table(connection, stale_after_seconds),
         is_table_emptied=is_over(epoch),
         outage_seconds=max(
@@ -165,15 +178,26 @@ async def _ask_kafka(settings: Settings, topics: Mapping[str, TopicFacts]) -> _G
 
 
 async def _lags(
-    settings: Settings, topic: TopicFacts, positions: Mapping[int, int], ends: Watermarks
+    settings: Settings, topic: TopicFacts, positions: Mapping[int, int], ends: OffsetsByPartition
 ) -> dict[int, LagNow]:
-    starts = {number: max(low, positions.get(number, low)) for number, (low, _) in ends.items()}
-    waiting = {number: at for number, at in starts.items() if at < ends[number][1]}
+    starts = {number: max(at.earliest, positions.get(number, at.earliest)) for number, at in ends.items()}
+    waiting = {number: at for number, at in starts.items() if at < ends[number].stable}
     seconds: Mapping[int, float] = {}
     if waiting:
         async with RangeReader(settings.client_config(), topic.name) as reader:
             seconds = await asyncio.to_thread(_waited, reader, waiting)
-    return {number: LagNow(max(0, ends[number][1] - at), seconds.get(number, 0.0)) for number, at in starts.items()}
+    return {number: LagNow(max(0, ends[number].stable - at), seconds.get(number, 0.0)) for number, at in starts.items()}
+
+
+async def _open_for(settings: Settings, topic: TopicFacts, offsets: OffsetsByPartition) -> dict[int, float]:
+    """Return how many seconds ago the first open transaction of each partition began; 0 where there is none."""
+    begins = {number: at.stable for number, at in offsets.items() if at.stable < at.end}
+    seconds: Mapping[int, float] = {}
+    if begins:
+        config = {**settings.client_config(), "isolation.level": "read_uncommitted"}
+        async with RangeReader(config, topic.name) as reader:
+            seconds = await asyncio.to_thread(_waited, reader, begins)
+    return {number: seconds.get(number, 0.0) for number in offsets}
 
 
 def _waited(reader: RangeReader, positions: Mapping[int, int]) -> dict[int, float]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from pipeline.errors import ServiceUnavailable, TopicMismatch
@@ -32,6 +32,14 @@ _ELECTING: Final = (
 )
 
 
+# What makes up Offsets, in its order.
+_OFFSETS: Final = (
+    (OffsetSpec.earliest(), IsolationLevel.READ_UNCOMMITTED),
+    (OffsetSpec.latest(), IsolationLevel.READ_COMMITTED),
+    (OffsetSpec.latest(), IsolationLevel.READ_UNCOMMITTED),
+)
+
+
 class Cluster(NamedTuple):
     """What a cluster holds: its topics with their numbers of partitions.
 
@@ -40,6 +48,17 @@ class Cluster(NamedTuple):
 
     partitions: dict[str, int]
     is_embedded: bool
+
+
+class Offsets(NamedTuple):
+    """Where a partition begins and ends: its earliest offset, its end for consumers, and the next to be appended.
+
+    `stable` is Kafka's last stable offset: the first open transaction begins there; without one it equals `end`.
+    """
+
+    earliest: int
+    stable: int
+    end: int
 
 
 class KafkaAdmin:
@@ -157,23 +176,32 @@ class KafkaAdmin:
             raise self._reconnect_after(error) from error
         return _known_topic_id(name, topic_id)
 
-    async def offsets(self, topic: str, partitions: Iterable[int], timeout_s: float) -> dict[int, tuple[int, int]]:
-        """Read the earliest offset and the end of each partition, from the brokers that lead them."""
+    async def offsets(self, topic: str, partitions: Iterable[int], timeout_s: float) -> dict[int, Offsets]:
+        """Read the offsets of each partition, from the brokers that lead them."""
         assignment = [TopicPartition(topic, partition) for partition in partitions]
         answers = [
-            self._ask(partial(self._client.list_offsets, dict.fromkeys(assignment, spec), request_timeout=timeout_s))
-            for spec in (OffsetSpec.earliest(), OffsetSpec.latest())
+            self._ask(
+                partial(
+                    self._client.list_offsets,
+                    dict.fromkeys(assignment, spec),
+                    isolation_level=isolation,
+                    request_timeout=timeout_s,
+                )
+            )
+            for spec, isolation in _OFFSETS
         ]
         try:
-            earliest, ends = [
+            earliest, stable, ends = [
                 {item.partition: (await asyncio.wrap_future(future)).offset for item, future in answer.items()}
                 for answer in answers
             ]
-            if min((*earliest.values(), *ends.values()), default=0) < 0:  # how librdkafka reports a timeout
+            if min((*earliest.values(), *stable.values(), *ends.values()), default=0) < 0:  # librdkafka's timeout
                 raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
         except KafkaException as error:
             raise self._reconnect_after(error) from error
-        return {partition: (earliest[partition], end) for partition, end in ends.items()}
+        return {
+            number: Offsets(earliest[number], stable[number], max(stable[number], end)) for number, end in ends.items()
+        }
 
     def committed(self, group: str, topic: str, partitions: int, timeout_s: float) -> dict[int, int]:
         """Read a group's committed offsets, by partition, without joining it; partitions without one are missing."""

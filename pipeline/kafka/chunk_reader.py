@@ -87,6 +87,7 @@ class ChunkReader:
     async def read(self) -> Iterator[list[Record]]:
         """Return the next records in offset order, in lists of one record batch each; none if none arrived in 0.2 s.
 
+        A record batch that can't be unpacked is one record, which can't be decoded.
         They are decoded, and `position` advances, as they are iterated, which may be done in a thread.
 
         Raises:
@@ -117,7 +118,9 @@ class ChunkReader:
 
     def _slices(self, chunks: Sequence[Chunk]) -> Iterator[list[Record]]:
         for chunk in chunks:
-            for records in chunk.slices():
+            refused: list[Record] = []
+            for decoded in chunk.slices(lambda record, _: refused.append(record)):  # noqa: B023  # called at once
+                records, refused = decoded or refused, []
                 if records[-1].offset >= self._end:
                     records = list(takewhile(lambda record: record.offset < self._end, records))
                 if records:

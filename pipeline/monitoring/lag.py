@@ -26,28 +26,34 @@ class Position(NamedTuple):
 
 
 class Lag(NamedTuple):
-    """How many records of a partition are unfinished; `since` when the oldest has waited, in Unix epoch seconds."""
+    """How many records of a partition are unfinished; `since` when the oldest has waited, in Unix epoch seconds.
+
+    `uncommitted` more wait in Kafka, in or behind a transaction that has been open since `uncommitted_since`.
+    """
 
     records: int
     since: float
+    uncommitted: int = 0
+    uncommitted_since: float = 0.0
 
 
 class LagWatch:
     """Compares, every 2 seconds, how far partitions are read with where they end, as Kafka itself reports it.
 
-    `positions()` returns those of the partitions owned now, `offsets(partitions)` asks Kafka for (earliest, end) and
-    raises a PipelineError if there is no answer, `is_held()` tells whether the consumer waits on purpose (for
-    acknowledgements, or for Postgres), and `show` gets the lags after each check.
+    `positions()` returns those of the partitions owned now, `offsets(partitions)` asks Kafka for (earliest, last
+    stable, end) and raises a PipelineError if there is no answer, `is_held()` tells whether the consumer waits on
+    purpose (for acknowledgements, or for Postgres), and `show` gets the lags after each check.
 
     Stuck means: Kafka answers, records wait, nothing holds the consumer back, and yet a partition has not moved for
-    `stuck_seconds` of such checks. So an outage, however long, never counts as stuck.
+    `stuck_seconds` of such checks. So an outage, however long, never counts as stuck, nor does an open transaction:
+    Kafka keeps back what follows its beginning, the last stable offset.
     """
 
     def __init__(
         self,
         *,
         positions: Callable[[], Mapping[int, Position]],
-        offsets: Callable[[Sequence[int]], Awaitable[Mapping[int, tuple[int, int]]]],
+        offsets: Callable[[Sequence[int]], Awaitable[Mapping[int, tuple[int, int, int]]]],
         is_held: Callable[[], bool],
         show: Callable[[Mapping[int, Lag]], None],
         clock: Clock,
@@ -63,6 +69,7 @@ class LagWatch:
         self._still_seconds: dict[int, float] = {}
         self._first_seen: dict[int, float] = {}
         self._nothing_waited_at: dict[int, float] = {}
+        self._transactions: dict[int, tuple[int, float]] = {}  # where the first open one begins, and since when
         self._looked_at = clock.now()
         self._stuck: str | None = None
         self._unavailable_since: float | None = None
@@ -95,10 +102,18 @@ class LagWatch:
         self._answers_since = self._answers_since or asked_at
         lags = {}
         for partition in positions.keys() & offsets.keys():
-            position, (earliest, end) = positions[partition], offsets[partition]
-            self._time_standstill(partition, position, max(earliest, position.reached) < end, elapsed)
-            lags[partition] = self._lag(partition, position, earliest, end, asked_at)
-        for by_partition in (self._reached, self._still_seconds, self._first_seen, self._nothing_waited_at):
+            position, (earliest, stable, end) = positions[partition], offsets[partition]
+            self._time_standstill(partition, position, max(earliest, position.reached) < stable, elapsed)
+            open_since = self._open_since(partition, stable, end, asked_at)
+            lag = self._lag(partition, position, earliest, stable, asked_at)
+            lags[partition] = lag._replace(uncommitted=end - stable, uncommitted_since=open_since)
+        for by_partition in (
+            self._reached,
+            self._still_seconds,
+            self._first_seen,
+            self._nothing_waited_at,
+            self._transactions,
+        ):
             for partition in by_partition.keys() - lags.keys():
                 del by_partition[partition]
         self._stuck = self._why_stuck(lags)
@@ -133,6 +148,14 @@ class LagWatch:
             self._still_seconds[partition] += elapsed
         if is_behind:
             self._still_seconds.setdefault(partition, 0.0)
+
+    def _open_since(self, partition: int, stable: int, end: int, asked_at: float) -> float:
+        if stable == end:
+            self._transactions.pop(partition, None)
+            return 0.0
+        if self._transactions.get(partition, (-1, 0.0))[0] != stable:
+            self._transactions[partition] = (stable, asked_at)
+        return self._transactions[partition][1]
 
     def _lag(self, partition: int, position: Position, earliest: int, end: int, asked_at: float) -> Lag:
         records = max(0, end - max(position.next_offset, earliest))  # below the earliest there is nothing left to read

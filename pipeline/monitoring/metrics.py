@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from pipeline.monitoring.lag import Lag
+from pipeline.monitoring.consumer_metrics import PREFIX, ConsumerMetrics, PartitionGauges
 
-PREFIX: Final = "agent_metadata_"
 # With this prefix metadatabatcher's seven metrics have coder's own names.
 CODER_PREFIX: Final = "coderd_agentapi_metadata_"
 # Source of the buckets: coder's metadatabatcher, so that its dashboards fit; names differ in the prefix only.
@@ -43,70 +40,6 @@ class Freshness:
     def observe(self, hop: Hop, *, collected_at: float, at: float) -> None:
         """Record one entry; both times in seconds since the Unix epoch. If the agent's clock is ahead, its age is 0."""
         self._histogram.labels(hop).observe(max(0.0, at - collected_at))
-
-
-class PartitionGauges(Collector):
-    """A gauge with a value for each partition that exists at the time of the scrape, and for no other."""
-
-    def __init__(
-        self,
-        name: str,
-        documentation: str,
-        read: Callable[[], Mapping[int, float]],
-        *,
-        topic: str,
-        registry: CollectorRegistry,
-    ) -> None:
-        self._name = PREFIX + name
-        self._documentation = documentation
-        self._read = read
-        self._topic = topic
-        registry.register(self)
-
-    def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Name the gauge, so that the registry refuses another of its name."""
-        yield GaugeMetricFamily(self._name, self._documentation, labels=["topic", "partition"])
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Read the values, in the scrape's thread."""
-        for family in self.describe():
-            for partition, value in sorted(self._read().items()):
-                family.add_metric([self._topic, str(partition)], value)
-            yield family
-
-
-class ConsumerMetrics:
-    """What worker and sink both report: the lag of the topic they consume, and how long services are unavailable."""
-
-    def __init__(self, registry: CollectorRegistry, topic: str, now: Callable[[], float] = time.time) -> None:
-        # Replaced as a whole: a scrape, which has a thread of its own, sees one look or the next.
-        self.lags: Mapping[int, Lag] = {}
-        PartitionGauges(
-            "lag_records",
-            "Records that are in Kafka and not yet folded (worker) or not yet applied (sink).",
-            lambda: {partition: lag.records for partition, lag in self.lags.items()},
-            topic=topic,
-            registry=registry,
-        )
-        PartitionGauges(
-            "lag_age_seconds",
-            "How long the oldest of these records has been in Kafka, to within seconds; 0 if there is none.",
-            lambda: {
-                partition: max(0.0, now() - lag.since) if lag.records else 0.0 for partition, lag in self.lags.items()
-            },
-            topic=topic,
-            registry=registry,
-        )
-        self.outage_seconds = Gauge(
-            f"{PREFIX}outage_seconds",
-            "How long a service has been unavailable, or has refused what it was sent; 0 = not at all.",
-            ["service"],
-            registry=registry,
-        )
-
-    def show_lags(self, lags: Mapping[int, Lag]) -> None:
-        """Show these lags from the next scrape on."""
-        self.lags = lags
 
 
 class Metrics:

@@ -7,10 +7,10 @@ from typing import Final
 
 from pipeline.clock import SystemClock
 from pipeline.errors import ANSWER_SECONDS
-from pipeline.kafka.admin import KafkaAdmin
+from pipeline.kafka.admin import KafkaAdmin, Offsets
 from pipeline.kafka.topics import TopicFacts, require_topics
+from pipeline.monitoring.consumer_metrics import ConsumerMetrics
 from pipeline.monitoring.lag import LagWatch, Position
-from pipeline.monitoring.metrics import ConsumerMetrics
 from pipeline.settings import Settings
 
 # How long startup waits for Kafka before it says that it can't be reached.
@@ -39,7 +39,7 @@ def watch_lag(
 ) -> LagWatch:
     """Make a watch of a topic that a consumer reads; see LagWatch for the callables."""
 
-    async def offsets(partitions: Sequence[int]) -> dict[int, tuple[int, int]]:
+    async def offsets(partitions: Sequence[int]) -> Mapping[int, Offsets]:
         # A second less than the watch waits, so that the admin client gives up first, and replaces its connection.
         return await admin.offsets(topic.name, partitions, ANSWER_SECONDS - 1)
 

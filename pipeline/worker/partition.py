@@ -104,9 +104,12 @@ class SourcePartition:
                 return
             chunk = successor
         last: Record | None = None
-        for records in chunk.slices():
+        for records in chunk.slices(self._refuse):
             await self._fold(records)
-            last = records[-1]
+            last = records[-1] if records else last
+        read_to = last.offset + 1 if last is not None else chunk.start
+        if read_to < chunk.next_offset and not self._is_stopping:
+            self.window.pass_over(read_to, chunk.next_offset)
         self._next_offset = chunk.next_offset
         if last is not None:
             self._appended_at = last.timestamp / 1000
@@ -168,7 +171,13 @@ class SourcePartition:
             if self.window.is_full:
                 self._closes_at = self._windows.full_end(self._clock.now())
                 await self._close("capacity")
+        if not records:  # a record batch that couldn't be unpacked, which took a while
+            await asyncio.sleep(0)
         self._metrics.records.inc(index)
+
+    def _refuse(self, record: Record, reason: str) -> None:
+        if not self._is_stopping:
+            self.window.reject(record, reason)
 
     def _observe_produced(self, record: Record) -> None:
         """Sample how old a report was when Kafka received it: one per chunk, as the fold has no time for more."""

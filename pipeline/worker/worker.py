@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import faust
@@ -212,12 +213,13 @@ class Worker:
         ends = await self._consumer.highwaters(*assigned)
         if app.consumer_generation_id != generation:
             return
+        share = self._settings.open_windows_bytes // max(1, len(assigned))
         for tp in sorted(assigned):
             self._partitions[tp.partition] = SourcePartition(
                 tp,
                 consumer=self._consumer,
                 backlog_end=ends[tp],
-                windows=self._windows,
+                windows=replace(self._windows, max_bytes=share),
                 clock=self._clock,
                 metrics=self._metrics,
                 deliver=self._deliver,

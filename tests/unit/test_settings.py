@@ -38,6 +38,7 @@ WRONG = [
     ("AGENT_METADATA_BATCH_SIZE", "10001", "must be a whole number from 1 to 10000"),
     ("AGENT_METADATA_WINDOW_CAPACITY", "0", "must be a whole number from 1 to 5000000"),
     ("AGENT_METADATA_WINDOW_CAPACITY", "5000001", "must be a whole number from 1 to 5000000"),
+    ("AGENT_METADATA_OPEN_WINDOWS_BYTES", "1000", "must be a whole number from 1048576 to 1073741824"),
     ("AGENT_METADATA_UNDECLARED", "drop", "'insert' or 'ignore'"),
     ("AGENT_METADATA_NOTIFY", "yes", "'on' or 'off'"),
     ("AGENT_METADATA_UNLOGGED", "maybe", "must be true or false"),

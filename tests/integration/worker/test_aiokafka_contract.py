@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import struct
 import time
 import uuid
 import weakref
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from aiokafka import AIOKafkaConsumer
-from aiokafka.consumer.fetcher import Fetcher, FetchResult, PartitionRecords
+from aiokafka.consumer.fetcher import READ_UNCOMMITTED, Fetcher, FetchResult, PartitionRecords
 from aiokafka.errors import CorruptRecordException
 from aiokafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 from aiokafka.record.memory_records import MemoryRecords
@@ -20,7 +21,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from faust.types import TP
 
-from pipeline.kafka.chunks import RECORDS_PER_SLICE, TARGET_RECORDS, PartitionChunks
+from pipeline.kafka.chunks import RECORDS_PER_SLICE, TARGET_RECORDS, PartitionChunks, fetch_in_chunks
 from pipeline.worker.table import LatestTables
 from pipeline.worker.transport import ChunkApp, ChunkSchema
 
@@ -38,10 +39,11 @@ def content(number):
     return key, value, T0_MS + number, headers
 
 
-def record_batch(base_offset, count, *, codec="lz4", control=False):
-    """Encode a record batch as a broker stores it."""
+def record_batch(base_offset, count, *, codec="lz4", control=False, producer=None):
+    """Encode a record batch as a broker stores it; with a producer's id, of that producer's transaction."""
     code = getattr(DefaultRecordBatch, f"CODEC_{codec.upper()}")
-    builder = DefaultRecordBatchBuilder(2, code, 0, -1, -1, -1, 64 * 1024 * 1024)
+    is_transactional, producer_id = producer is not None, -1 if producer is None else producer
+    builder = DefaultRecordBatchBuilder(2, code, is_transactional, producer_id, 0, 0, 64 * 1024 * 1024)
     for number in range(count):
         key, value, timestamp, headers = content(base_offset + number)
         assert builder.append(number, timestamp, key, value, headers) is not None
@@ -52,17 +54,27 @@ def record_batch(base_offset, count, *, codec="lz4", control=False):
     return bytes(encoded)
 
 
-def fetched(*encoded, at=0, check_crcs=True):
+def marker(offset, producer, *, commit):
+    """Encode the control batch that ends a producer's transaction."""
+    builder = DefaultRecordBatchBuilder(2, 0, 1, producer, 0, 0, 1024)
+    assert builder.append(0, T0_MS, struct.pack(">hh", 0, commit), struct.pack(">hi", 0, 0), []) is not None
+    encoded = bytearray(builder.build())
+    encoded[:8] = offset.to_bytes(8, "big")
+    encoded[22] |= 0x20
+    return bytes(encoded)
+
+
+def fetched(*encoded, at=0, check_crcs=True, aborted=None):
     """Return aiokafka's records of a fetch response that was asked for from offset `at` on."""
     return PartitionRecords(
         tp=EVENTS,
         records=MemoryRecords(b"".join(encoded)),
-        aborted_transactions=None,
+        aborted_transactions=aborted,
         fetch_offset=at,
         key_deserializer=None,
         value_deserializer=None,
         check_crcs=check_crcs,
-        isolation_level=0,
+        isolation_level=1,
     )
 
 
@@ -70,11 +82,15 @@ def chunked(*encoded, **options):
     return list(PartitionChunks(fetched(*encoded, **options)))
 
 
+def refuse_nothing(record, reason):
+    raise AssertionError(reason)
+
+
 def seen(chunks):
     return [
         (record.offset, (record.key, record.value, record.timestamp, list(record.headers)))
         for chunk in chunks
-        for records in chunk.slices()
+        for records in chunk.slices(refuse_nothing)
         for record in records
     ]
 
@@ -92,7 +108,10 @@ def borders(chunks):
 
 def test_partition_records_have_the_attributes_that_chunks_read():
     records = fetched(record_batch(5, 3), at=6)
-    assert {"_records", "_records_iterator", "_tp", "_check_crcs", "next_fetch_offset"} <= set(vars(records))
+    names = {"_records", "_records_iterator", "_tp", "_check_crcs", "_aborted_transactions", "next_fetch_offset"}
+    assert names <= set(vars(records))
+    aborted = fetched(record_batch(5, 3), aborted=[(8, 7), (9, 5)])._aborted_transactions
+    assert aborted == [(9, 5), (8, 7)]  # (producer id, first offset), by offset
     assert (records._tp, records._check_crcs, records.next_fetch_offset) == (EVENTS, True, 6)
     assert callable(records._records.has_next)
     assert callable(records._records.next_batch)
@@ -162,7 +181,7 @@ def test_slices_of_any_codec_hold_every_record_once_in_order(codec):
 )
 def test_slices_are_at_most_500_records_of_one_batch(codec, count, lengths):
     (chunk,) = chunked(record_batch(0, count, codec=codec), record_batch(count, 2, codec=codec))
-    assert [len(records) for records in chunk.slices()] == [*lengths, 2]
+    assert [len(records) for records in chunk.slices(refuse_nothing)] == [*lengths, 2]
 
 
 def test_chunks_end_at_the_first_batch_border_past_their_target():
@@ -212,6 +231,63 @@ def test_batch_with_a_broken_crc_is_taken_where_checks_are_off():
     broken = bytearray(record_batch(0, 3))
     broken[CRC_BYTE] ^= 1
     assert seen(chunked(bytes(broken), check_crcs=False)) == expected(0, 1, 2)
+
+
+def test_records_of_an_aborted_transaction_are_left_out():
+    """Producer 1 aborts 0-2, whose marker is 7, and commits 8-9; producer 2 commits 3-4; 5-6 are of no transaction."""
+    chunks = chunked(
+        record_batch(0, 3, producer=1),
+        record_batch(3, 2, producer=2),
+        record_batch(5, 2),
+        marker(7, 1, commit=False),
+        record_batch(8, 2, producer=1),
+        marker(10, 1, commit=True),
+        marker(11, 2, commit=True),
+        aborted=[(1, 0)],
+        check_crcs=False,
+    )
+    assert seen(chunks) == expected(3, 4, 5, 6, 8, 9)
+    assert borders(chunks) == [(0, 12)]
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_response_from_within_an_aborted_transaction_leaves_out_its_rest(at):
+    encoded = [record_batch(0, 3, producer=1), marker(3, 1, commit=False), record_batch(4, 1, producer=1)]
+    (chunk,) = chunked(*encoded[at // 3 :], at=at, aborted=[(1, 0)], check_crcs=False)
+    assert (seen([chunk]), chunk.next_offset) == (expected(4), 5)
+
+
+def test_producer_that_aborts_twice_in_a_response_is_left_out_twice():
+    chunks = chunked(
+        record_batch(0, 1, producer=1),
+        marker(1, 1, commit=False),
+        record_batch(2, 1, producer=1),
+        marker(3, 1, commit=True),
+        record_batch(4, 1, producer=1),
+        marker(5, 1, commit=False),
+        aborted=[(1, 4), (1, 0)],
+        check_crcs=False,
+    )
+    assert seen(chunks) == expected(2)
+
+
+@pytest.mark.parametrize("codec", ["gzip", "lz4", "zstd"])
+def test_record_batch_that_unpacks_to_too_much_is_refused_whole_and_alone(codec):
+    builder = DefaultRecordBatchBuilder(2, getattr(DefaultRecordBatch, f"CODEC_{codec.upper()}"), 0, -1, -1, -1, 2**30)
+    for number in range(5):
+        assert builder.append(number, T0_MS, None, bytes(20_000_000), []) is not None
+    bomb = bytearray(builder.build())
+    bomb[:8] = (2).to_bytes(8, "big")
+    (chunk,) = chunked(record_batch(0, 2), bytes(bomb), record_batch(7, 1))
+    assert len(bomb) < 1_000_000
+    fetch_in_chunks(SimpleNamespace(_fetcher=SimpleNamespace()))
+    refused = []
+    slices = list(chunk.slices(lambda record, reason: refused.append((record, reason))))
+    assert [[record.offset for record in records] for records in slices] == [[0, 1], [], [7]]
+    ((record, reason),) = refused
+    assert (record.offset, record.timestamp, record.key) == (2, T0_MS, None)
+    assert record.value == bytes(bomb[-len(record.value) :])  # the batch's records as they came
+    assert reason.startswith("a record batch with the offsets 2 to 6 can't be unpacked within 67,108,864 bytes")
 
 
 # The whole path: a real broker, Faust's consumer thread, aiokafka's fetcher.
@@ -276,6 +352,7 @@ async def test_consumer_of_aiokafka_keeps_fetched_records_where_chunks_look(boot
     try:
         assert isinstance(consumer._fetcher, Fetcher)
         assert type(consumer._fetcher._records) is OrderedDict
+        assert consumer._fetcher._isolation_level == READ_UNCOMMITTED
         assert consumer._coordinator.check_errors() is None
     finally:
         await consumer.stop()
@@ -339,6 +416,40 @@ async def test_consumed_commit_markers_move_the_offset_without_records(bootstrap
         chunks = await up_to(7)
     assert seen(chunks) == expected(0, 1, 2, 4, 5)
     assert chunks[-1].next_offset == 7
+
+
+@pytest.mark.services
+async def test_consumed_chunks_leave_out_what_is_aborted_and_end_before_what_is_open(bootstrap_servers):
+    topic = create_topic(bootstrap_servers)
+    plain = Producer({"bootstrap.servers": bootstrap_servers})
+    open_one = Producer({"bootstrap.servers": bootstrap_servers, "transactional.id": f"{topic}-open"})
+    other = Producer({"bootstrap.servers": bootstrap_servers, "transactional.id": topic})
+    for producer in (open_one, other):
+        producer.init_transactions(30)
+
+    def send_at_once(producer, numbers):
+        send(producer, topic, numbers)
+        assert producer.flush(30) == 0
+
+    other.begin_transaction()
+    send_at_once(other, [0, 1])
+    send_at_once(plain, [2])
+    other.abort_transaction(30)  # its marker is 3
+    other.begin_transaction()
+    send_at_once(other, [4])
+    send_at_once(plain, [5])
+    other.commit_transaction(30)  # 6
+    open_one.begin_transaction()
+    send_at_once(open_one, [7])
+    send_at_once(plain, [8])
+    async with consuming(bootstrap_servers, topic) as (app, up_to):
+        chunks = await up_to(7)
+        assert seen(chunks) == expected(2, 4, 5)
+        assert chunks[-1].next_offset == 7
+        assert await app.consumer.highwaters(TP(topic, 0)) == {TP(topic, 0): 7}
+        chunks.clear()
+        open_one.commit_transaction(30)
+        assert seen(await up_to(10)) == expected(7, 8)
 
 
 @pytest.mark.services

@@ -132,3 +132,66 @@ def test_large_rejected_records_fill_a_window_of_any_capacity(window):
     assert window.is_full
     closed = window.close("capacity", 1)
     assert (closed.last, closed.is_heavy) == (1, True)
+
+
+def large(offset, agent_id, value):
+    return record(offset, agent_id, T0, k=value)
+
+
+def bounded(max_bytes):
+    return OpenWindow(0.0, capacity=1000, max_bytes=max_bytes, max_clock_skew=timedelta(seconds=60))
+
+
+def test_large_reports_fill_a_window_by_their_bytes():
+    window = bounded(10_000)
+    records = [large(offset, str(uuid.UUID(int=offset)), "x" * 1000) for offset in range(20)]
+    assert window.fold(records) == 9
+    assert window.is_full
+    assert window.pairs == 9
+
+
+def test_wide_characters_count_as_the_memory_they_take():
+    window = bounded(10_000)
+    records = [large(offset, str(uuid.UUID(int=offset)), "x" * 480 + "\N{GRINNING FACE}") for offset in range(20)]
+    assert window.fold(records) < 6
+    assert window.is_full
+
+
+def test_large_value_that_is_replaced_again_and_again_fills_no_window():
+    window = bounded(10_000)
+    values = ["x" * 1000, "y" * 300] * 100
+    records = [large(offset, A1, value) for offset, value in enumerate(values)]
+    index = 0
+    while index < len(records):
+        index = window.fold(records, index)
+        assert not window.is_full
+    assert rows(window) == {(A1, "k"): ("y" * 300, T0)}
+
+
+def test_older_values_that_replace_nothing_do_not_make_room():
+    window = bounded(10_000)
+    newer = [large(offset, str(uuid.UUID(int=offset)), "x" * 1000) for offset in range(8)]
+    older = [record(8 + n, str(uuid.UUID(int=n)), T0 - MS, k="y" * 300) for n in range(8)]
+    assert window.fold(newer) == 8
+    assert window.fold(older) == 8
+    assert window.fold([large(16, str(uuid.UUID(int=16)), "x" * 1000), large(17, A1, "x")]) == 1
+    assert window.is_full
+
+
+def test_small_reports_of_many_keys_are_left_to_the_capacity():
+    window = bounded(1)
+    assert window.fold([record(0, A1, T0, **{f"key{n}": "12.3%" for n in range(40)})]) == 1
+    assert not window.is_full
+
+
+def test_source_range_covers_offsets_without_a_record(window):
+    window.fold([record(5, A1, T0, k="v")])
+    window.pass_over(6, 9)
+    closed = window.close("scheduled", 1.0)
+    assert (closed.first, closed.last) == (5, 8)
+
+
+def test_source_range_without_any_record_is_covered_too(window):
+    window.pass_over(3, 9)
+    closed = window.close("scheduled", 1.0)
+    assert (closed.first, closed.last, closed.rows) == (3, 8, [])

@@ -17,6 +17,7 @@ class Topic:
         self.clock = ManualClock(T0)
         self.positions = {0: Position(0, 0)}
         self.offsets = {0: (0, 0)}
+        self.stable = {}  # where the first open transaction begins, by partition
         self.is_away = False
         self.is_held = False
         self.lags = {}
@@ -32,7 +33,11 @@ class Topic:
     async def ask(self, partitions):
         if self.is_away:
             raise ServiceUnavailable("away")
-        return {partition: self.offsets[partition] for partition in partitions}
+        return {
+            partition: (earliest, self.stable.get(partition, end), end)
+            for partition, (earliest, end) in self.offsets.items()
+            if partition in partitions
+        }
 
     async def pass_time(self, seconds, each=lambda: None):
         for _ in range(int(seconds / LOOK_SECONDS)):
@@ -205,3 +210,39 @@ async def test_kafka_answers_since_its_first_answer_after_an_outage(topic):
     topic.is_away = False
     await topic.pass_time(4)
     assert topic.watch.seconds_answering() == 4
+
+
+async def test_records_in_and_behind_an_open_transaction_are_no_lag(topic):
+    topic.offsets, topic.stable = {0: (0, 100)}, {0: 70}
+    topic.read(40)
+    await topic.watch.look()
+    assert (topic.lags[0].records, topic.lags[0].uncommitted) == (30, 30)
+
+
+async def test_transaction_that_stays_open_is_not_a_stuck_consumer(topic):
+    topic.offsets, topic.stable = {0: (0, 100)}, {0: 70}
+    topic.read(70)
+    await topic.pass_time(10 * STUCK_SECONDS)
+    assert topic.watch.why_stuck() is None
+    assert topic.clock.now() - topic.lags[0].uncommitted_since == 10 * STUCK_SECONDS
+
+
+async def test_age_of_a_transaction_counts_from_where_the_first_open_one_begins(topic):
+    topic.offsets, topic.stable = {0: (0, 100)}, {0: 70}
+    topic.read(70)
+    await topic.pass_time(20)
+    topic.stable[0] = 80  # the first has ended, the next is open
+    topic.read(80)
+    await topic.pass_time(10)
+    assert topic.clock.now() - topic.lags[0].uncommitted_since == 10
+    del topic.stable[0]
+    topic.read(100)
+    await topic.watch.look()
+    assert (topic.lags[0].uncommitted, topic.lags[0].uncommitted_since) == (0, 0)
+
+
+async def test_consumer_that_does_not_read_up_to_an_open_transaction_is_stuck(topic):
+    topic.offsets, topic.stable = {0: (0, 100)}, {0: 70}
+    topic.read(40)
+    await topic.pass_time(STUCK_SECONDS + LOOK_SECONDS)
+    assert "where 30 records wait" in topic.watch.why_stuck()

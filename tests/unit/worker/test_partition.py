@@ -67,7 +67,7 @@ class Chunk(NamedTuple):
     next_offset: int
     records: list
 
-    def slices(self):
+    def slices(self, refuse):
         records = [record for record in self.records if record.offset >= self.start]
         return [records] if records else []
 
@@ -310,3 +310,67 @@ async def test_backlog_is_delivered_as_soon_as_it_is_read(make, clock):
     assert len(outlet.windows) == 1
     await clock.advance(0.1)  # where the first window would have ended
     assert outlet.seen()[1:] == [("scheduled", 2, 2, 1)]
+
+
+class Gap(NamedTuple):
+    """A chunk without records: transaction markers, or records of an aborted transaction."""
+
+    start: int
+    next_offset: int
+
+    def slices(self, refuse):
+        return []
+
+
+class TooLarge(NamedTuple):
+    """A chunk of one record batch that can't be unpacked."""
+
+    start: int
+    next_offset: int
+
+    def slices(self, refuse):
+        refuse(KafkaRecord(self.start, 1_704_067_200_000, None, b"packed"), "it is too large")
+        return [[]]
+
+
+async def test_window_covers_the_markers_behind_its_records(make):
+    partition, outlet = make()
+    await take(partition, *reports(0, 1))
+    await partition.take(Gap(2, 4))
+    await partition.finish("shutdown")
+    assert outlet.seen() == [("shutdown", 0, 3, 2)]
+
+
+async def test_offsets_without_any_record_are_delivered_to_be_committed(make):
+    partition, outlet = make()
+    await partition.take(Gap(0, 4))
+    await partition.take(Gap(4, 6))
+    await partition.finish("shutdown")
+    assert outlet.seen() == [("shutdown", 0, 5, 0)]
+
+
+async def test_markers_behind_a_window_closed_at_capacity_are_the_nexts(make):
+    partition, outlet = make(capacity=2)
+    await partition.take(Chunk(0, 5, reports(0, 1)))
+    await partition.finish("shutdown")
+    assert outlet.seen() == [("capacity", 0, 1, 2), ("shutdown", 2, 4, 0)]
+
+
+async def test_record_batch_that_is_too_large_is_rejected_alone(make, clock):
+    partition, outlet = make()
+    await take(partition, *reports(0))
+    await partition.take(TooLarge(1, 9))
+    await take(partition, *reports(9))
+    await partition.finish("shutdown")
+    assert outlet.seen() == [("shutdown", 0, 9, 2)]
+    (rejected,) = outlet.windows[0].rejected
+    assert (rejected.record.offset, rejected.reason) == (1, "it is too large")
+
+
+async def test_record_batch_that_is_too_large_alone_is_delivered(make, clock):
+    partition, outlet = make()
+    await settle()
+    await partition.take(TooLarge(0, 9))
+    await clock.advance(5)
+    assert outlet.seen() == [("scheduled", 0, 8, 0)]
+    assert len(outlet.windows[0].rejected) == 1
