@@ -269,9 +269,8 @@ def _allowed(name: str) -> str | None:
     field = Settings.model_fields[name]
     limits = {limit: getattr(rule, limit) for rule in field.metadata for limit in ("ge", "le") if hasattr(rule, limit)}
     if limits:
-        return (
-            f"must be a {'whole ' if field.annotation is int else ''}number from {limits['ge']:.10g} to {limits['le']:.10g}"
-        )
+        kind = "whole number" if field.annotation is int else "number"
+        return f"must be a {kind} from {limits['ge']:.10g} to {limits['le']:.10g}"
     if field.annotation is bool:
         return "must be true or false"
     return next((_IN_WORDS[rule.pattern] for rule in field.metadata if getattr(rule, "pattern", None)), None)

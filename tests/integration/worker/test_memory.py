@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 
-from tests.support.deployment import eventually
+from pipeline.core.batch import decode_batch
+from pipeline.kafka.records import dead_letter_of
+from tests.support.deployment import consume_all, eventually
 
 pytestmark = pytest.mark.services
 
@@ -37,6 +39,21 @@ def produce(settings, records):
                 producer.poll(0.1)
     assert producer.flush(60) == 0
     assert set(refused) == {None}
+
+
+def produce_bombs(settings, count):
+    """Produce record batches of a few kilobytes, each of one record of 300 MB."""
+    producer = Producer(
+        {
+            **settings.client_config(),
+            "compression.type": "zstd",
+            "message.max.bytes": 1_000_000_000,
+            "queue.buffering.max.kbytes": 1_000_000,
+        }
+    )
+    for _ in range(count):
+        producer.produce(settings.events_topic, bytes(300_000_000), partition=0)
+        assert producer.flush(60) == 0
 
 
 def committed(settings):
@@ -75,3 +92,32 @@ async def test_worker_fed_500_mb_of_large_records_stays_under_500_mb(deploy, kin
     peak = peak_mb(worker)
     assert pipeline.stop(worker) == 0
     assert peak < MAX_PEAK_MB
+
+
+async def test_worker_fed_record_batches_that_unpack_to_300_mb_refuses_them(deploy):
+    pipeline = await deploy()
+    produce_bombs(pipeline.settings, 3)
+    produce(pipeline.settings, [json.dumps({"agent_id": str(uuid.UUID(int=1)), "entries": [{"key": "k"}]}).encode()])
+    worker = await pipeline.started("worker")
+    await eventually("all are used and committed", lambda: committed(pipeline.settings) == 4)
+    peak = peak_mb(worker)
+    assert pipeline.stop(worker) == 0
+    assert peak < MAX_PEAK_MB
+    (batch,) = consume_all(pipeline.settings, pipeline.settings.batches_topic)
+    assert decode_batch(batch.value()).agent_ids == [str(uuid.UUID(int=1))]
+    letters = [dead_letter_of(letter) for letter in consume_all(pipeline.settings, pipeline.settings.dead_letter_topic)]
+    assert [letter.source.rpartition("@")[2] for letter in letters] == ["0", "1", "2"]
+    assert {"can't be unpacked within 67,108,864 bytes" in letter.reason for letter in letters} == {True}
+
+
+async def test_open_windows_are_bounded_in_bytes(deploy):
+    pipeline = await deploy(window_seconds=3600, open_windows_bytes=16 * 1024 * 1024)
+    count = 200_000
+    ids = (str(uuid.UUID(int=number)) for number in range(count))
+    entries = [{"key": "k", "value": "x" * 2000}]
+    produce(pipeline.settings, (json.dumps({"agent_id": agent_id, "entries": entries}).encode() for agent_id in ids))
+    worker = await pipeline.started("worker")
+    await eventually("all are used and committed", lambda: committed(pipeline.settings) == count)
+    peak = peak_mb(worker)
+    assert pipeline.stop(worker) == 0
+    assert peak < 350  # of which 250 MB do not depend on the windows
