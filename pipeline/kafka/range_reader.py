@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Self
 
 import msgspec
+import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from pipeline.errors import ANSWER_SECONDS, ConfigError, ServiceUnavailable
@@ -19,6 +20,8 @@ _READ_SECONDS: Final = 0.2
 _SILENCE_SECONDS: Final = 60.0
 _BUFFER_KILOBYTES: Final = 64 * 1024
 _REFUSALS: Final = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED)
+
+_log = structlog.get_logger(__name__)
 
 
 class OffsetRange(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -122,24 +125,35 @@ class RangeReader:
             return []
         with self._lock:
             messages = self._consumer.consume(min(limit, self._range.end - self._next), _READ_SECONDS)
-        records = []
+        records, has_progress = [], False
         for message in messages:
             error = message.error()
+            has_progress = has_progress or error is None or error.code() == KafkaError._PARTITION_EOF
             if error is None:
                 self._next = message.offset() + 1
                 if message.offset() < self._range.end:
                     records.append(message)
             elif error.code() == KafkaError._PARTITION_EOF:
                 self._next = max(self._next, message.offset())
+            elif error.code() == KafkaError._BAD_COMPRESSION:
+                self._skip(message)
+                break
             elif error.code() in _REFUSALS:
                 raise ConfigError(f"Kafka refused to let us read {self.topic}: {error.str()}")
             elif error.fatal() or error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 raise ServiceUnavailable(f"reading {self.topic} failed: {error.str()}; does the topic still exist?")
-        if messages:
+        if has_progress:
             self._last_answer_at = time.monotonic()
         elif time.monotonic() - self._last_answer_at > _SILENCE_SECONDS:
             raise ServiceUnavailable(f"Kafka sent no record of {self.topic} for {_SILENCE_SECONDS:g} s; is it up?")
         return records
+
+    def _skip(self, message: Message) -> None:
+        """Go past a record that can't be unpacked, at which librdkafka would stay; the worker has dead-lettered it."""
+        self._next = max(self._next, message.offset() + 1)
+        _log.warning("record_skipped", topic=self.topic, offset=message.offset(), why=message.error().str())
+        if not self.is_done:
+            self._ask(lambda: self._consumer.seek(TopicPartition(self.topic, self._range.partition, self._next)))
 
     def records(self, offsets: OffsetRange, on_read: Callable[[int], None] = lambda _: None) -> Iterator[Message]:
         """Open a range and iterate all of its records; `on_read` gets the number of records after each read."""

@@ -1,4 +1,4 @@
-"""The replay's reader, on a real Kafka: exactly the range, in any record batches; no waiting for lost records."""
+"""The readers of ranges, on a real Kafka: exactly the range, in any record batches; no waiting for lost records."""
 
 import asyncio
 import uuid
@@ -10,7 +10,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from pipeline.errors import ServiceUnavailable
 from pipeline.kafka.chunk_reader import ChunkReader
-from pipeline.kafka.range_reader import OffsetRange
+from pipeline.kafka.range_reader import OffsetRange, RangeReader
 
 pytestmark = pytest.mark.services
 
@@ -97,6 +97,28 @@ async def test_range_that_ends_with_transaction_markers_is_at_its_end(bootstrap_
     async with reading(bootstrap_servers, topic) as reader:
         reader.open(OffsetRange(0, 0, 4))
         assert await read_all(reader) == [0, 2]
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zstd"])
+async def test_record_batch_that_cannot_be_unpacked_is_passed_by(bootstrap_servers, topic, codec):
+    config = {"compression.type": codec, "message.max.bytes": 1_000_000_000, "queue.buffering.max.kbytes": 1_000_000}
+    producer = Producer({"bootstrap.servers": bootstrap_servers, **config})
+    for value in (b"0", bytes(150_000_000), b"2"):
+        producer.produce(topic, value, partition=0)
+        assert producer.flush(60) == 0
+    async with reading(bootstrap_servers, topic) as reader:
+        reader.open(OffsetRange(0, 0, 3))
+        read = []
+        while not reader.is_done:
+            read += [(record.offset, len(record.value) < 1000) for records in await reader.read() for record in records]
+    assert read[0] == (0, True)
+    assert read[1][0] == 1  # its records as they came: gzip holds more than a thousand bytes, zstd fewer
+    assert read[2] == (2, True)
+    async with RangeReader({"bootstrap.servers": bootstrap_servers}, topic) as range_reader:
+        offsets = await asyncio.to_thread(
+            lambda: [message.offset() for message in range_reader.records(OffsetRange(0, 0, 3))]
+        )
+    assert offsets == {"gzip": [0, 1, 2], "zstd": [0, 2]}[codec]  # librdkafka itself bounds zstd alone
 
 
 async def test_kafka_that_does_not_answer_is_reported(unused_tcp_port):
