@@ -17,6 +17,7 @@ from typing import Any
 from faust.types import TP
 
 from pipeline.cli import main
+from pipeline.kafka.chunks import PartitionChunks
 from pipeline.postgres import store
 from pipeline.postgres.progress import Plan
 from pipeline.sink.consumer_thread import ConsumerThread
@@ -79,6 +80,9 @@ MUTANTS = {
     # With what keeps a promise removed.
     "commit_first": Mutant(Worker, _deliver, _commit_and_deliver),
     "no_guard": Mutant(store, _statement, _statement_without_guard),
+    "aborted_read": Mutant(
+        PartitionChunks, PartitionChunks._holds_records, lambda _, batch: not batch.is_control_batch
+    ),
     "no_progress_check": Mutant(store, store.choose_batches, _choose_all),
     # A consumer that delivers nothing, or an event loop that doesn't run.
     "worker_without_records": Mutant(ChunkConsumerThread, ChunkConsumerThread.getmany, _wait_for_ever),

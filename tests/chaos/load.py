@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import Producer
 
 from pipeline.core.report import Entry, Report, encode_report
+from tests.chaos.transactions import ABORTED, TransactionalProducer
 
 POISON = "poison"  # a value with this ending is accepted, and is not expected in the table
 KEYS = ("cpu", "disk", "load", "memory")
@@ -35,7 +36,8 @@ class LoadShape:
     `late`: this share of reports is up to 5 s older than the one before. `tied`: this share has the time of the one
     before, to the microsecond. `stuck`: this share of agents has a clock that stands still. Of the other agents one
     falls silent, and a new one begins, every `reports_an_agent` reports: so at any moment there are last values that no
-    later report would replace if they were lost.
+    later report would replace if they were lost. `transactions`: half of the agents report in Kafka transactions, of
+    which some are aborted.
     """
 
     agents: int = 120
@@ -44,6 +46,7 @@ class LoadShape:
     tied: float = 0.2
     stuck: float = 0.2
     reports_an_agent: int = 4
+    transactions: bool = False
 
 
 class Load:
@@ -75,6 +78,7 @@ class Load:
         self._accepted: dict[int, Accepted] = {}
         self._is_ending = threading.Event()
         self._thread: threading.Thread | None = None
+        self._transactional: TransactionalProducer | None = None
         self.produced = 0
         self.ties = True  # off while an agent's reports may come from two partitions: their order is by time alone
         self.refused: list[str] = []
@@ -137,6 +141,10 @@ class Load:
 
     def _run(self) -> None:
         producer = Producer(self._config)
+        if self._shape.transactions and self._transactional is None:
+            config = {name: value for name, value in self._config.items() if name != "message.timeout.ms"}
+            transactional = {**config, "transactional.id": f"chaos-{uuid.uuid4()}"}
+            self._transactional = TransactionalProducer(transactional, self._dice, self._accepted.update)
         started, sent = time.monotonic(), 0
         while not self._is_ending.is_set():
             due = started + sent / self._shape.reports_a_second
@@ -144,6 +152,10 @@ class Load:
             if time.monotonic() >= due:
                 self._report(producer)
                 sent += 1
+            if self._transactional is not None:
+                self._transactional.end_when_due()
+        if self._transactional is not None:
+            self._transactional.end()
         while producer.flush(1.0):
             pass
 
@@ -154,12 +166,31 @@ class Load:
             del self._agents[len(self.lasting)]
         agent_id = self._dice.choice(self._agents)
         keys = self._dice.sample(KEYS, self._dice.randint(1, len(KEYS)))
-        self._send(producer, agent_id, keys, self._moment(agent_id), f"{self._dice.random():.6f}")
+        moment, value = self._moment(agent_id), f"{self._dice.random():.6f}"
+        if self._transactional is not None and agent_id.int % 2:
+            self._send_in_transaction(self._transactional, agent_id, keys, moment, value)
+        else:
+            self._send(producer, agent_id, keys, moment, value)
+
+    def _send_in_transaction(
+        self, transactional: TransactionalProducer, agent_id: uuid.UUID, keys: list[str], moment: datetime, value: str
+    ) -> None:
+        transactional.begin()
+        number, report = self._number(agent_id, keys, moment, ABORTED if transactional.is_doomed else value)
+        transactional.produce(
+            self._topic,
+            encode_report(report),
+            str(agent_id),
+            lambda message: (number, Accepted(message.partition(), message.offset(), report, moment)),
+        )
+
+    def _number(self, agent_id: uuid.UUID, keys: list[str], moment: datetime, value: str) -> tuple[int, Report]:
+        error = "" if self._dice.random() > 0.05 else "timed out"
+        entries = [Entry(key, f"{self.produced} {value}", error) for key in keys]
+        return self.produced, Report(str(agent_id), entries, moment)
 
     def _send(self, producer: Producer, agent_id: uuid.UUID, keys: list[str], moment: datetime, value: str) -> None:
-        number = self.produced
-        error = "" if self._dice.random() > 0.05 else "timed out"
-        report = Report(str(agent_id), [Entry(key, f"{number} {value}", error) for key in keys], moment)
+        number, report = self._number(agent_id, keys, moment, value)
 
         def delivered(problem: Any, message: Any) -> None:
             if problem is not None:

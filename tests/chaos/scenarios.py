@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.chaos.faults import all_of, during, kafka, postgres, processes, reports
 from tests.chaos.faults.reports import at_rest
 from tests.chaos.harness import Scenario
+from tests.chaos.load import LoadShape
 
 _WORKERS_AND_SINKS = [
     Scenario("nothing_happens", steps=(), seconds=4, is_selected=True),
@@ -66,6 +67,16 @@ _WORKERS_AND_SINKS = [
         ],
     ),
     Scenario(
+        "transactions_aborted",  # and committed, and open, around reports of no transaction
+        steps=[
+            (2, processes.kill("worker")),
+            (4, all_of(processes.kill_sink_in_transaction, processes.replay("events"))),
+            (6, processes.kill("worker")),
+        ],
+        load=LoadShape(transactions=True),
+        is_selected=True,
+    ),
+    Scenario(
         "sinks_join_and_leave",
         steps=[(at, processes.join("sink") if at % 6 == 0 else processes.leave("sink")) for at in range(0, 16, 3)],
         seconds=16,
@@ -75,6 +86,9 @@ _WORKERS_AND_SINKS = [
 _KAFKA = [
     Scenario("kafka_restarted", steps=[(2, kafka.restart)], is_selected=True),
     Scenario("kafka_killed", steps=during(2, 2, kafka.crashed)),
+    Scenario(
+        "kafka_killed_in_transactions", steps=during(2, 2, kafka.crashed), load=LoadShape(transactions=True), seconds=10
+    ),
     Scenario(
         "kafka_down",  # for longer than the session timeout
         steps=during(2, 9, kafka.stopped),

@@ -33,6 +33,7 @@ async def test_nothing_is_lost_twice_or_backwards_when(scenario, own_services, t
     [
         ("commit_first", "batches_topic_missing_and_worker_killed", "rows_wrong"),
         ("no_guard", "nothing_happens", "moves_back"),
+        ("aborted_read", "transactions_aborted", "rows_wrong"),
         ("no_progress_check", "worker_frozen", "moves_back"),
     ],
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.chaos.load import Table
+from tests.chaos.transactions import ABORTED
 from tests.support.deployment import eventually
 
 if TYPE_CHECKING:
@@ -82,7 +83,10 @@ async def _read_audit(run: Run, verdict: Verdict) -> None:
             "(partition by topic_id, partition order by number) as reached from audit_progress) as steps "
             "where before <> reached or after < before"
         )
+        aborted = await connection.fetchval(f"select count(*) from audit_rows where value like '% {ABORTED}'")
     verdict.batches_twice = repeated + torn
+    if aborted:
+        verdict.problems.append(f"{aborted} rows were written from aborted transactions")
 
 
 async def _check_listeners(run: Run, verdict: Verdict, table: Table) -> None:
