@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
+import logging
 import os
 import re
 import tomllib
-from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    TomlConfigSettingsSource,
+)
 
+from pipeline.environment import nearest, refuse_misnamed, service_links
 from pipeline.errors import ConfigError
 from pipeline.kafka.security import PREFIX as PREFIX  # it is the prefix of all settings: exported from here too
 from pipeline.kafka.security import KafkaSecurity
@@ -30,6 +35,8 @@ _IN_WORDS: Final = {
     _TOPIC_NAME: "must be 1 to 249 letters, digits, '.', '_' or '-'",
     _ORIGINS: "must be origins such as https://example.org, comma separated",
 }
+
+_log = logging.getLogger(__name__)
 
 
 class Settings(KafkaSecurity):
@@ -154,6 +161,9 @@ class Settings(KafkaSecurity):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Order the sources by precedence: the command line, the environment, the file."""
+        if isinstance(env_settings, EnvSettingsSource):
+            links = {name.lower() for name in service_links(os.environ)}
+            env_settings.env_vars = {name: text for name, text in env_settings.env_vars.items() if name not in links}
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file())
 
     @property
@@ -197,10 +207,9 @@ def load_settings(**overrides: Any) -> Settings:
     Raises:
         ConfigError: names each wrong setting, its value (unless secret) and what is allowed.
     """
-    known = {_variable(name) for name in Settings.model_fields} | {CONFIG_FILE_VARIABLE}
-    for name in os.environ:
-        if name.startswith(PREFIX) and name not in known:
-            raise ConfigError(f"{name} is not a setting{_nearest(name, known)}")
+    refuse_misnamed(os.environ, [*map(_variable, Settings.model_fields), CONFIG_FILE_VARIABLE])
+    if links := service_links(os.environ):
+        _log.debug("ignored what Kubernetes injects for a Service: %s", ", ".join(links))
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
@@ -213,10 +222,10 @@ def describe_settings(settings: Settings) -> list[tuple[str, str, str]]:
     """List each setting as (variable, value, origin), the origin being where its value is from; secrets are masked."""
     file = _config_file()
     in_file = tomllib.loads(file.read_text(encoding="utf-8")) if file else {}
-    described = []
+    described, in_environment = [], set(os.environ) - set(service_links(os.environ))
     for name in Settings.model_fields:
         variable, value = _variable(name), getattr(settings, name)
-        origin = "environment" if variable in os.environ else str(file) if name in in_file else "default"
+        origin = "environment" if variable in in_environment else str(file) if name in in_file else "default"
         described.append((variable, "" if value is None else str(value), origin))
     return described
 
@@ -245,18 +254,13 @@ def _variable(name: str) -> str:
     return str(Settings.model_fields[name].validation_alias or PREFIX + name.upper())
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def _complaint(item: Any) -> str:
     problem = item["msg"].removeprefix("Value error, ")
     if not item["loc"]:  # about several settings
         return str(problem)
     name = str(item["loc"][0])
     if item["type"] == "extra_forbidden":
-        return f"{name} is not a setting{_nearest(name, Settings.model_fields)}"
+        return f"{name} is not a setting{nearest(name, Settings.model_fields)}"
     variable = _variable(name) if name in Settings.model_fields else name
     shown = "" if re.search("url|password|secret|serve_token", name.lower()) else f"={item['input']!r}"
     if item["type"] != "value_error":
