@@ -10,6 +10,7 @@ from typing import Final
 from pipeline.errors import ConfigError
 from pipeline.kafka.security import PREFIX
 
+_KAFKA: Final = f"{PREFIX}KAFKA_"
 # What Kubernetes tells every pod about each Service, and Docker about a link; for a Service named `agent-metadata` or
 # `agent-metadata-serve` it has our prefix. Source: pkg/kubelet/envvars/envvars.go.
 _PORT_URL: Final = re.compile(r"(tcp|udp|sctp)://")
@@ -34,15 +35,24 @@ def _is_service_link(name: str, environment: Mapping[str, str]) -> bool:
 
 
 def refuse_misnamed(environment: Mapping[str, str], variables: Iterable[str]) -> None:
-    """Refuse variables that have our prefix, and are neither injected nor among `variables`, which are those read.
+    """Refuse variables that are meant for us and would be ignored; `variables` are those that are read.
+
+    One with the prefix must be among them, or injected. One of Kafka's without the prefix must be another program's:
+    then the one with the prefix is set as well.
 
     Raises:
-        ConfigError: names one, and no value.
+        ConfigError: names them, and no value.
     """
     known = set(variables)
     unknown = [name for name in environment if name.startswith(PREFIX) and name not in known]
     for name in sorted(set(unknown) - set(service_links(environment))):
         raise ConfigError(f"{name} is not a setting{nearest(name, known)}")
+    bare = {variable.removeprefix(PREFIX): variable for variable in sorted(known) if variable.startswith(_KAFKA)}
+    if ignored := [name for name in bare if environment.get(name) and bare[name] not in environment]:
+        raise ConfigError(
+            f"{', '.join(ignored)} would be ignored, as the prefix {PREFIX} is missing: "
+            f"set {', '.join(bare[name] for name in ignored)}; what another program needs may stay set as well"
+        )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Variables that look like settings: Kubernetes' are ignored, mistakes are refused."""
+"""Variables that look like settings: Kubernetes' are ignored, mistakes are refused, and no value is shown."""
 
 import logging
 
@@ -92,3 +92,43 @@ def test_mistyped_setting_beside_a_service_is_refused(environment):
     environment({**service("AGENT_METADATA_SERVE"), "AGENT_METADATA_PARTITION": "3"})
     with pytest.raises(ConfigError, match="AGENT_METADATA_PARTITION is not a setting"):
         load_settings()
+
+
+KAFKA = [name.upper() for name in Settings.model_fields if name.startswith("kafka_s")]
+
+
+def test_settings_of_kafka_are_found():
+    assert {"KAFKA_SECURITY_PROTOCOL", "KAFKA_SSL_CAFILE", "KAFKA_SASL_PASSWORD"} <= set(KAFKA)
+
+
+@pytest.mark.parametrize("name", KAFKA)
+def test_kafka_setting_without_its_prefix_is_refused_with_the_name_it_needs(environment, name):
+    environment({name: SECRET})
+    with pytest.raises(ConfigError, match=f"^{name} would be ignored.*: set {PREFIX}{name};") as refused:
+        load_settings()
+    assert SECRET not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_kafka_settings_without_their_prefix_are_all_named_at_once(environment):
+    environment({"KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "KAFKA_SASL_PASSWORD": SECRET})
+    with pytest.raises(ConfigError) as refused:
+        load_settings()
+    for name in ("KAFKA_SECURITY_PROTOCOL", "KAFKA_SASL_PASSWORD"):
+        assert f"{PREFIX}{name}" in str(refused.value)
+
+
+def test_kafka_setting_of_another_program_may_be_set_beside_ours(environment):
+    environment({"KAFKA_SECURITY_PROTOCOL": "SASL_SSL", f"{PREFIX}KAFKA_SECURITY_PROTOCOL": "SSL"})
+    assert load_settings().kafka_security_protocol == "SSL"
+
+
+@pytest.mark.parametrize("name", ["KAFKA_SSL_TRUSTSTORE_LOCATION", "KAFKA_HEAP_OPTS", "KAFKA_SASL_JAAS_CONFIG"])
+def test_variable_that_is_a_broker_s_alone_is_none_of_ours(environment, name):
+    environment({name: "x"})
+    load_settings()
+
+
+def test_empty_variable_without_the_prefix_sets_nothing(environment):
+    environment({"KAFKA_SECURITY_PROTOCOL": ""})
+    assert load_settings().kafka_security_protocol == "PLAINTEXT"
