@@ -12,13 +12,9 @@ from typing import Any, Final, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    TomlConfigSettingsSource,
-)
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, TomlConfigSettingsSource
 
+from pipeline.core.replication import Replication
 from pipeline.environment import nearest, refuse_misnamed, service_links
 from pipeline.errors import ConfigError
 from pipeline.kafka.security import PREFIX as PREFIX  # it is the prefix of all settings: exported from here too
@@ -30,9 +26,11 @@ CONFIG_FILE_VARIABLE: Final = "AGENT_METADATA_CONFIG_FILE"
 SHUTDOWN_SECONDS: Final = 15.0
 # Source: Kafka's org.apache.kafka.common.internals.Topic.
 _TOPIC_NAME: Final = r"^[a-zA-Z0-9._-]{1,249}$"
+_AUTO_OR_NUMBER: Final = r"^(auto|[1-9][0-9]?)$"
 _ORIGINS: Final = r"^(https?://[^/,\s]+(,\s*https?://[^/,\s]+)*)?$"
 _IN_WORDS: Final = {
     _TOPIC_NAME: "must be 1 to 249 letters, digits, '.', '_' or '-'",
+    _AUTO_OR_NUMBER: "must be auto, or a whole number from 1 to 99",
     _ORIGINS: "must be origins such as https://example.org, comma separated",
 }
 
@@ -69,6 +67,18 @@ class Settings(KafkaSecurity):
         default="agent-metadata", min_length=1, description="prefix of the groups -worker and -sink"
     )
     partitions: int = Field(default=8, ge=1, le=1024, description="of the events topic and of the batches topic")
+    topic_replication: str = Field(
+        default="auto",
+        pattern=_AUTO_OR_NUMBER,
+        coerce_numbers_to_str=True,
+        description="replicas of a topic that is created; auto: 3 on three brokers or more, else the brokers' default",
+    )
+    topic_min_insync_replicas: str = Field(
+        default="auto",
+        pattern=_AUTO_OR_NUMBER,
+        coerce_numbers_to_str=True,
+        description="replicas that must have a record when it is acknowledged; auto: 2 of 3, else the brokers' default",
+    )
     window_seconds: float = Field(
         default=5.0, ge=0.1, le=3600, description="length of a tumbling window; metadatabatcher's interval is 5 s"
     )
@@ -146,9 +156,10 @@ class Settings(KafkaSecurity):
         return value if token else None
 
     @model_validator(mode="after")
-    def _topics_differ(self) -> Settings:
+    def _topics_fit(self) -> Settings:
         if len(set(self.topic_names.values())) < len(self.topic_names):
             raise ValueError("EVENTS_TOPIC, BATCHES_TOPIC and DEAD_LETTER_TOPIC must be three different topics")
+        self._replication.check()
         return self
 
     @classmethod
@@ -192,8 +203,12 @@ class Settings(KafkaSecurity):
         }
 
     def declared_topics(self) -> dict[str, TopicSpec]:
-        """Return the topics by role as `topics/` declares them, with the names and partitions set here."""
-        return load_topic_specs(names=self.topic_names, partitions=self.partitions)
+        """Return the topics by role as `topics/` declares them, with the names, partitions and replication set here."""
+        return load_topic_specs(names=self.topic_names, partitions=self.partitions, replication=self._replication)
+
+    @property
+    def _replication(self) -> Replication:
+        return Replication(_number(self.topic_replication), _number(self.topic_min_insync_replicas))
 
     @property
     def max_clock_skew(self) -> timedelta:
@@ -248,6 +263,10 @@ def _config_file() -> Path | None:
     if not file.is_file():
         raise ConfigError(f"{CONFIG_FILE_VARIABLE}={name}: there is no such file")
     return file
+
+
+def _number(text: str) -> int | None:
+    return None if text == "auto" else int(text)
 
 
 def _variable(name: str) -> str:

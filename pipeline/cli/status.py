@@ -116,6 +116,9 @@ def _show_status(found: Status, problems: list[str], stale_after: float) -> None
         console.print(
             "? = no role's /metrics answers; say where they are: --metrics http://host:port/metrics", markup=False
         )
+    for risk in found.risks:
+        if not risk.is_problem:
+            console.print(f"note: {risk.text}", markup=False)
     for problem in problems:
         console.print(f"UNHEALTHY: {problem}", markup=False)
     if not problems:

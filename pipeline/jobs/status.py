@@ -13,10 +13,11 @@ import msgspec
 from asyncpg import Connection
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline.core.replication import Risk
 from pipeline.errors import ANSWER_SECONDS, ServiceUnavailable
 from pipeline.kafka.admin import KafkaAdmin, Offsets
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
-from pipeline.kafka.topics import TopicFacts, require_topics
+from pipeline.kafka.topics import TopicFacts, find_risks, require_topics
 from pipeline.postgres.epoch import is_over
 from pipeline.postgres.errors import translated_errors
 from pipeline.postgres.statements import fetch_one, statement
@@ -67,6 +68,7 @@ class Status(msgspec.Struct):
     table: TableStatus | None
     outage_seconds: float | None = None
     is_table_emptied: bool = False
+    risks: list[Risk] = []
 
     def problems(self, *, worker_may_lag_seconds: float, sink_may_lag_seconds: float) -> list[str]:
         """Return one line for each thing that is wrong; none if the pipeline is healthy."""
@@ -92,7 +94,7 @@ class Status(msgspec.Struct):
             problems.append(f"a sink has held batches back for {self.outage_seconds:.0f} s: Postgres is unavailable")
         if self.is_table_emptied:
             problems.append("the table was emptied: a sink refills it by itself, or `agent-metadata refill` does")
-        return problems
+        return problems + [risk.text for risk in self.risks if risk.is_problem]
 
 
 class LagNow(NamedTuple):
@@ -132,6 +134,7 @@ async def gather_status(
     sink = await _lags(settings, topics["batches"], next_offsets, groups.batches)
     open_for = await _open_for(settings, topics["events"], groups.events)
     samples = await asyncio.to_thread(_scrape, metrics_urls)
+    risks = await asyncio.to_thread(find_risks, settings.client_config(), settings.declared_topics())
     return Status(
         workers=groups.workers,
         sinks=groups.sinks,
@@ -150,6 +153,7 @@ async def gather_status(
         dead_letters=sum(offsets.stable - offsets.earliest for offsets in groups.dead_letters.values()),
         table=await _table(connection, stale_after_seconds),
         is_table_emptied=is_over(epoch),
+        risks=risks,
         outage_seconds=max(
             (value for name, _, value in samples if name == "agent_metadata_outage_seconds"), default=None
         ),

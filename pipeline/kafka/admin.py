@@ -41,12 +41,15 @@ _OFFSETS: Final = (
 
 
 class Cluster(NamedTuple):
-    """What a cluster holds: its topics with their numbers of partitions.
+    """What a cluster holds: its topics with their numbers of partitions and of replicas, and how many brokers it has.
 
-    `is_embedded`: librdkafka's mock cluster, which can't create, describe or delete topics.
+    A broker that is down counts if a topic is on it. `is_embedded`: librdkafka's mock cluster, which can't create,
+    describe or delete topics.
     """
 
     partitions: dict[str, int]
+    replication: dict[str, int]
+    brokers: int
     is_embedded: bool
 
 
@@ -87,8 +90,15 @@ class KafkaAdmin:
     def cluster(self, timeout_s: float) -> Cluster:
         """Read all topics; those that this client may not see, or that have no partitions yet, are missing."""
         metadata = self._topics(timeout_s)
-        partitions = {name: len(topic.partitions) for name, topic in metadata.topics.items() if topic.partitions}
-        return Cluster(partitions, str(metadata.cluster_id).startswith(_EMBEDDED_CLUSTER_ID))
+        replicas = {
+            name: [partition.replicas for partition in topic.partitions.values()]
+            for name, topic in metadata.topics.items()
+            if topic.partitions
+        }
+        partitions = {name: len(lists) for name, lists in replicas.items()}
+        replication = {name: min(map(len, lists)) for name, lists in replicas.items()}
+        brokers = set(metadata.brokers).union(*(ids for lists in replicas.values() for ids in lists))
+        return Cluster(partitions, replication, len(brokers), str(metadata.cluster_id).startswith(_EMBEDDED_CLUSTER_ID))
 
     def _topics(self, timeout_s: float) -> Any:
         deadline = time.monotonic() + timeout_s

@@ -12,6 +12,7 @@ from typing import Any, Final, Self
 import structlog
 from confluent_kafka.admin import NewTopic
 
+from pipeline.core.replication import MIN_INSYNC, Replication, Risk
 from pipeline.data_files import data_dir
 from pipeline.errors import ANSWER_SECONDS, ServiceUnavailable, TopicMismatch
 from pipeline.kafka.admin import KafkaAdmin, topic_id_by_name
@@ -20,22 +21,23 @@ from pipeline.kafka.admin import KafkaAdmin, topic_id_by_name
 _RETRY_SECONDS: Final = 1.0
 _MIN_ANSWER_SECONDS: Final = 0.1  # librdkafka refuses timeouts below a millisecond
 
+# A broker's default.replication.factor, to Kafka.
+_BROKERS_DEFAULT: Final = -1
+_AUTO: Final = Replication()
+
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class TopicSpec:
-    """One topic as declared; `config` has Kafka's own names and values as text, `why` the reason for each choice.
-
-    A `replication` of -1 is the broker's default.
-    """
+    """One topic as declared; `config` has Kafka's own names and values as text, `why` the reason for each choice."""
 
     role: str
     name: str
     purpose: str
     key: str
     partitions: int
-    replication: int
+    replication: Replication
     config: Mapping[str, str]
     why: Mapping[str, str]
 
@@ -60,10 +62,15 @@ class Difference:
     actual: str
 
 
-def load_topic_specs(*, names: Mapping[str, str] | None = None, partitions: int | None = None) -> dict[str, TopicSpec]:
+def load_topic_specs(
+    *,
+    names: Mapping[str, str] | None = None,
+    partitions: int | None = None,
+    replication: Replication = _AUTO,
+) -> dict[str, TopicSpec]:
     """Read the declarations, by role: events, batches, dead_letter.
 
-    `names` renames topics by role; `partitions` applies to both events and batches.
+    `names` renames topics by role; `partitions` applies to both events and batches, `replication` to all.
     """
     specs = {}
     for file in sorted(data_dir("topics").glob("*.toml")):
@@ -74,7 +81,7 @@ def load_topic_specs(*, names: Mapping[str, str] | None = None, partitions: int 
             purpose=declared["purpose"],
             key=declared["key"],
             partitions=declared["partitions"],
-            replication=declared["replication"],
+            replication=replication,
             config={name: str(value) for name, value in declared["config"].items()},
             why=declared["why"],
         )
@@ -95,6 +102,7 @@ def create_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpe
     Raises:
         ServiceUnavailable: Kafka did not answer, or did not list a topic within 10 s of its creation.
         TopicMismatch: Kafka refuses a topic.
+        ConfigError: the replication that is set does not fit the cluster.
     """
     with KafkaAdmin(client_config) as admin:
         cluster = admin.cluster(ANSWER_SECONDS)
@@ -108,7 +116,7 @@ def create_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpe
             admin.touch(missing, ANSWER_SECONDS)
             created = list(missing)
         else:
-            created = admin.create([_new_topic(spec) for spec in missing.values()], ANSWER_SECONDS)
+            created = admin.create([_new_topic(spec, cluster.brokers) for spec in missing.values()], ANSWER_SECONDS)
         admin.wait_until_shown(missing, ANSWER_SECONDS)
     return created
 
@@ -127,8 +135,7 @@ def delete_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpe
 def diff_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> list[Difference]:
     """List where the cluster differs from the declarations; empty if it doesn't.
 
-    The replication factor is not compared: -1 leaves it to the broker. Nor is the embedded broker's configuration,
-    which can't be read.
+    The embedded broker's configuration and replication are not compared: they can't be read, or mean nothing.
 
     Raises:
         ServiceUnavailable: Kafka did not answer.
@@ -145,8 +152,37 @@ def diff_topics(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]
         elif partitions != spec.partitions:
             differences.append(Difference(spec.name, "partitions", str(spec.partitions), str(partitions)))
         if spec.name in configs:
-            differences += _config_differences(spec, configs[spec.name])
+            config = configs[spec.name]
+            actual = Replication(cluster.replication[spec.name], _min_insync(config))
+            different = spec.replication.differences(actual, cluster.brokers)
+            differences += [Difference(spec.name, *item) for item in different]
+            differences += _config_differences(spec, config)
     return differences
+
+
+def find_risks(client_config: Mapping[str, Any], specs: Mapping[str, TopicSpec]) -> list[Risk]:
+    """List which topics would lose records with one broker; none on the embedded broker.
+
+    Raises:
+        ServiceUnavailable: Kafka did not answer.
+    """
+    with KafkaAdmin(client_config) as admin:
+        cluster = admin.cluster(ANSWER_SECONDS)
+        if cluster.is_embedded:
+            return []
+        if cluster.brokers == 1:
+            return [Risk("Kafka has one broker: records that are not in Postgres yet are lost with it", False)]
+        existing = [spec for spec in specs.values() if spec.name in cluster.partitions]
+        risks, configs = [], {}
+        try:
+            configs = admin.configs([spec.name for spec in existing], ANSWER_SECONDS)
+        except ServiceUnavailable as error:
+            risks.append(Risk(f"{MIN_INSYNC} could not be read, which needs DESCRIBE_CONFIGS: {error}", False))
+    for spec in existing:
+        actual = Replication(cluster.replication[spec.name], _min_insync(configs.get(spec.name, {})))
+        if risk := spec.replication.risk(spec.name, actual, cluster.brokers):
+            risks.append(risk)
+    return risks
 
 
 async def require_topics(
@@ -242,8 +278,14 @@ class Incarnation:
                 await asyncio.sleep(_RETRY_SECONDS)
 
 
-def _new_topic(spec: TopicSpec) -> NewTopic:
-    return NewTopic(spec.name, spec.partitions, spec.replication, config=dict(spec.config))
+def _new_topic(spec: TopicSpec, brokers: int) -> NewTopic:
+    wanted = spec.replication.on(brokers)
+    config = {**spec.config, **({MIN_INSYNC: str(wanted.min_insync)} if wanted.min_insync else {})}
+    return NewTopic(spec.name, spec.partitions, wanted.factor or _BROKERS_DEFAULT, config=config)
+
+
+def _min_insync(config: Mapping[str, str]) -> int | None:
+    return int(config[MIN_INSYNC]) if MIN_INSYNC in config else None
 
 
 def _config_differences(spec: TopicSpec, actual: Mapping[str, str]) -> list[Difference]:

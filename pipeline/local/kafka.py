@@ -29,7 +29,6 @@ _FORMAT_SECONDS = 60.0
 # C1 only and a serial collector: measured on two cores, the JVM was ready in 1.6 s instead of 2.1 s, and 1.8
 # million records of 200 bytes in and out cost it 6.2 s of CPU instead of 9.5 s, at no lower rate.
 _JVM_OPTIONS = (
-    "-Xmx512m",
     "-XX:+UseSerialGC",
     "-XX:TieredStopAtLevel=1",
     "-Dorg.slf4j.simpleLogger.showDateTime=true",
@@ -162,18 +161,22 @@ class PackagedKafka(LocalServer):
         *,
         settings: Mapping[str, str] | None = None,
         listeners: Mapping[str, str] | None = None,
+        heap_megabytes: int = 512,
     ) -> None:
         """Prepare a node.
 
         Args:
             classpath: The jars from kafka_classpath().
-            settings: Properties of the broker, over those it has here.
+            settings: Properties of the broker, over those it has here; may be changed before the first start.
             listeners: Further listeners: security protocols by name; `address(name)` tells where one listens.
+            heap_megabytes: The most memory that its JVM uses for objects.
         """
         self._java = _jdk().JAVA
         super().__init__("kafka")
         self._classpath = os.pathsep.join(map(str, classpath))
-        self._overrides = dict(settings or {})
+        self.settings = dict(settings or {})
+        self.cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        self._heap = f"-Xmx{heap_megabytes}m"
         self._protocols = {"PLAINTEXT": "PLAINTEXT", "CONTROLLER": "PLAINTEXT", **(listeners or {})}
         self._properties = self._home / "server.properties"
         self._ports = {name: free_port() for name in self._protocols}
@@ -197,7 +200,7 @@ class PackagedKafka(LocalServer):
     def _run(self, name: str, main_class: str, *arguments: str) -> ChildProcess:
         # Its libraries unpack native code into the temporary folder, where a killed JVM leaves it.
         temporary = f"-Djava.io.tmpdir={self._home}"
-        command = [self._java, *_JVM_OPTIONS, temporary, "-cp", self._classpath, main_class, *arguments]
+        command = [self._java, self._heap, *_JVM_OPTIONS, temporary, "-cp", self._classpath, main_class, *arguments]
         return ChildProcess(name, command, log_path=self.log_path)
 
     def _format(self) -> None:
@@ -209,11 +212,10 @@ class PackagedKafka(LocalServer):
             "advertised.listeners": ",".join(listeners[name] for name in listeners if name != "CONTROLLER"),
             "controller.quorum.voters": f"1@{self.address('CONTROLLER')}",
             "log.dirs": str(self.data_dir),
-            **self._overrides,
+            **self.settings,
         }
         self._properties.write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
-        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        arguments = ("format", f"--cluster-id={cluster_id}", f"--config={self._properties}")
+        arguments = ("format", f"--cluster-id={self.cluster_id}", f"--config={self._properties}")
         self._run("Kafka's storage tool", "kafka.tools.StorageTool", *arguments).wait(_FORMAT_SECONDS)
 
     def _is_ready(self) -> bool:

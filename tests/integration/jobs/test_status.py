@@ -58,6 +58,7 @@ async def test_running_pipeline_is_healthy_and_shows_what_it_holds(deploy):
     assert (code, err) == (0, "")
     assert "40 rows of 20 agents; 0 stale" in out
     assert out.splitlines()[-1] == "healthy"
+    assert out.count("note: Kafka has one broker") == 1
     assert max(map(len, out.splitlines())) <= 80
 
 

@@ -16,6 +16,7 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
+from pipeline.core.replication import Replication
 from pipeline.errors import ServiceUnavailable, TopicMismatch
 from pipeline.kafka.topics import (
     Difference,
@@ -96,7 +97,7 @@ def test_create_three_times_at_once_creates_each_topic_once(kafka, specs):
 
 
 def test_create_refused_by_kafka_names_topic_and_reason(kafka, specs):
-    unlucky = replace(specs["events"], replication=99)
+    unlucky = replace(specs["events"], replication=Replication(99))
     with pytest.raises(TopicMismatch, match=rf"refused to create {unlucky.name}: .*99") as caught:
         create_topics(kafka, {"events": unlucky})
     assert "\n" not in str(caught.value)

@@ -79,7 +79,6 @@ def test_specs_take_the_largest_batch_and_dead_letters_larger_than_any_event():
 def test_specs_declare_equal_partitions_for_events_and_batches():
     specs = load_topic_specs()
     assert {role: spec.partitions for role, spec in specs.items()} == {"events": 8, "batches": 8, "dead_letter": 1}
-    assert {spec.replication for spec in specs.values()} == {-1}
 
 
 def test_specs_partitions_given_count_for_events_and_batches_only():
