@@ -1,16 +1,22 @@
-"""What all commands share: how their help looks, stderr, the settings with their log format, and the event loop."""
+"""What all commands share: their help, what they print, the settings with their log format, and the event loop."""
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Awaitable, Callable, Sequence
+from io import TextIOWrapper
 from typing import Annotated, Any, TypeVar
 
+import msgspec
 import typer
 import uvloop
 from rich.console import Console
+from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
+from pipeline.core.printable import printable
 from pipeline.core.report import canonical_agent_id
 from pipeline.errors import ConfigError, DecodeError
 from pipeline.monitoring.logs import configure_logging
@@ -72,9 +78,26 @@ def run_job(job: Awaitable[T]) -> T:
     return uvloop.run(wrapped())
 
 
-def printable(text: str, limit: int | None = None) -> str:
-    """Make foreign text harmless on a terminal: no control characters, one line."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[:limit])
+def write_to_any_terminal() -> None:
+    """Escape what the encoding of stdout or stderr lacks, instead of failing at it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def shown(text: object, limit: int | None = None) -> Text:
+    """Return printable() text for rich, which then sees neither markup nor emoji codes in it."""
+    return Text(printable(str(text), limit))
+
+
+def complain(text: object, limit: int | None = None) -> None:
+    """Print one line to stderr, whatever is in the text, above a progress bar that is on the screen."""
+    stderr.print(shown(text, limit))
+
+
+def print_json(value: Any) -> None:
+    """Print a value, msgspec structs included, as one line of JSON in ASCII, which every terminal can show."""
+    print(json.dumps(msgspec.to_builtins(value)), flush=True)
 
 
 def canonical_agents(agents: Sequence[str] | None, *, name: str = "--agent") -> frozenset[str]:

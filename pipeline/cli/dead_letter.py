@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
@@ -11,8 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.cli.console import CommandGroup, JsonOption, command_settings, printable, run_job, stderr
+from pipeline.cli.console import CommandGroup, JsonOption, command_settings, complain, print_json, run_job, stderr
 from pipeline.core.dead_letter import DeadLetter, rfc3339
+from pipeline.core.printable import printable
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.jobs.redrive import LetterFilter, dead_letters, redrive
 
@@ -45,7 +45,7 @@ def list_letters(
         for letter in dead_letters(settings, chosen, on_progress=on_progress):
             count += 1
             if as_json:
-                print(json.dumps(_letter_json(letter)))
+                print_json(_letter_json(letter))
             else:
                 shown.append(letter)
     if as_json:
@@ -70,7 +70,7 @@ def show(
     if letter is None:
         raise PipelineError(f"{settings.dead_letter_topic} has nothing at {place[0]}:{place[1]}; see `list`")
     if as_json:
-        print(json.dumps(_letter_json(letter)))
+        print_json(_letter_json(letter))
         return
     lines = {
         "source": letter.source,
@@ -119,14 +119,14 @@ def redrive_letters(
                 chosen,
                 max_redrives=max_redrives,
                 dry_run=dry_run,
-                on_refused=lambda letter, why: stderr.print(
-                    printable(f"{letter.partition}:{letter.offset} is skipped: {why}", limit=300), markup=False
+                on_refused=lambda letter, why: complain(
+                    f"{letter.partition}:{letter.offset} is skipped: {why}", limit=300
                 ),
                 on_progress=on_progress,
             )
         )
     if as_json:
-        print(json.dumps({**done._asdict(), "dry_run": dry_run}))
+        print_json({**done._asdict(), "dry_run": dry_run})
         return
     print(
         f"{'would redrive' if dry_run else 'redriven'} {done.redriven} of {done.matched} dead letters; "

@@ -11,7 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.cli import dead_letter, prepare, produce, replay, status, watch
-from pipeline.cli.console import CommandGroup, JsonOption, command_settings, run_job, stderr
+from pipeline.cli.console import (
+    CommandGroup,
+    JsonOption,
+    command_settings,
+    complain,
+    print_json,
+    run_job,
+    stderr,
+    write_to_any_terminal,
+)
+from pipeline.core.printable import printable
 from pipeline.errors import ConfigError, ExitCode, PipelineError
 from pipeline.local.demo import DemoOptions, run_demo
 from pipeline.local.services import ServicesKind
@@ -37,6 +47,7 @@ app = CommandGroup(
 
 def main() -> None:
     """Run the command line; every error that a user can cause ends in one line on stderr and exit code 1 or 2."""
+    write_to_any_terminal()
     try:
         app()
     except ConfigError as error:
@@ -48,7 +59,7 @@ def main() -> None:
 
 
 def _fail(error: PipelineError, code: ExitCode) -> None:
-    stderr.print(f"agent-metadata: {error}", markup=False)
+    complain(f"agent-metadata: {error}")
     sys.exit(code)
 
 
@@ -132,7 +143,7 @@ def demo(
     seconds = duration or (600.0 if serve else 30.0)
     summary = run_demo(DemoOptions(agents, keys, interval, window, seconds, services, serve), console=stderr)
     if as_json:
-        print(json.dumps(summary))
+        print_json(summary)
     else:
         table = Table("demo", "", show_header=False)
         for name, value in summary.items():
@@ -147,11 +158,11 @@ def config(as_json: JsonOption = False) -> None:
     """Print every setting with its value and origin: environment, file or default. Secrets are masked."""
     described = describe_settings(command_settings())
     if as_json:
-        print(json.dumps({variable: {"value": value, "origin": origin} for variable, value, origin in described}))
+        print_json({variable: {"value": value, "origin": origin} for variable, value, origin in described})
         return
     width = max(len(variable) for variable, _, _ in described)
     for variable, value, origin in described:
-        print(f"{variable:{width}}  {value}  ({origin})")
+        print(printable(f"{variable:{width}}  {value}  ({origin})"))
 
 
 app.add_typer(prepare.topics_app, name="topics")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
@@ -14,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.console import CommandGroup, JsonOption, command_settings, run_job, stderr
+from pipeline.cli.console import CommandGroup, JsonOption, command_settings, complain, print_json, run_job
 from pipeline.core.report import Report, canonical_agent_id, decode_report
 from pipeline.errors import DecodeError, PipelineError
 from pipeline.kafka.topics import require_topics
@@ -64,7 +63,10 @@ def produce(
             simulated = reports(agents=agents, keys=keys, interval_seconds=interval, duration_seconds=duration)
             counts = _simulate(producer, simulated, oracle)
         counts["not_acknowledged"] = producer.close()
-    print(json.dumps(counts) if as_json else ", ".join(f"{n} {name}" for name, n in counts.items()))
+    if as_json:
+        print_json(counts)
+    else:
+        print(", ".join(f"{n} {name}" for name, n in counts.items()))
     if counts["not_acknowledged"] or counts["dropped"] or counts.get("refused"):
         raise PipelineError("some reports were not accepted: see above")
 
@@ -91,7 +93,7 @@ def _produce_lines(producer: MetadataProducer) -> dict[str, int]:
                 raise ValueError(left_out)
         except (DecodeError, ValueError) as error:
             counts["refused"] += 1
-            stderr.print(f"line {number}: {error}", markup=False)
+            complain(f"line {number}: {error}")
             continue
         if not report.entries:
             counts["empty"] += 1  # nothing is sent, and that is not an error: as in coder's agent API

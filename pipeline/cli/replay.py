@@ -14,7 +14,16 @@ import msgspec
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.cli.console import CommandGroup, JsonOption, canonical_agents, command_settings, run_job, stderr
+from pipeline.cli.console import (
+    CommandGroup,
+    JsonOption,
+    canonical_agents,
+    command_settings,
+    complain,
+    print_json,
+    run_job,
+    stderr,
+)
 from pipeline.cli.moments import parse_moment
 from pipeline.errors import ConfigError, ExitCode, ServiceUnavailable
 from pipeline.kafka.topics import TopicFacts, require_topics
@@ -164,10 +173,8 @@ class _Run:
         try:
             await job.run(self._plan.left, self._plan.summary, self._done)
         except Interrupted:
-            advice = (
-                f"continue with --resume {self._file}" if self._file else "with --resume FILE it could be continued"
-            )
-            stderr.print(f"interrupted with {self._plan.summary.changed} rows changed; {advice}", markup=False)
+            advice = f"continue with --resume {self._file}" if self._file else "--resume FILE lets one be continued"
+            complain(f"interrupted with {self._plan.summary.changed} rows changed; {advice}")
             raise typer.Exit(ExitCode.INTERRUPTED) from None
         finally:
             self._save()
@@ -178,7 +185,7 @@ class _Run:
             raise ConfigError(
                 f"--resume {self._file} belongs to a {plan.topic} that was deleted: delete the file and start again"
             )
-        stderr.print(f"resuming: {len(plan.done)} of {len(plan.ranges)} partitions are done", markup=False)
+        complain(f"resuming: {len(plan.done)} of {len(plan.ranges)} partitions are done")
 
     async def _find_ranges(self, topic: TopicFacts) -> None:
         plan = self._plan
@@ -188,7 +195,7 @@ class _Run:
             )
         found = await find_ranges(self._settings, topic, _ms(plan.start), _ms(plan.end))
         if any(item.is_cut for item in found):
-            stderr.print(f"the range may be incomplete: retention has deleted the oldest records of {topic.name}")
+            complain(f"the range may be incomplete: retention has deleted the oldest records of {topic.name}")
         plan.topic, plan.topic_id = topic.name, topic.topic_id
         plan.ranges = found
 
@@ -228,7 +235,7 @@ _LABELS: Final = {
 
 def _show(summary: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(msgspec.json.encode(summary).decode())
+        print_json(summary)
         return
     labels = _LABELS | ({"changed": "rows that would change"} if summary["dry_run"] else {})
     width = max(map(len, labels.values()))
@@ -278,7 +285,6 @@ def refill_table(as_json: JsonOption = False) -> None:
 async def _refill(settings: Settings) -> Summary | None:
     async with connected(settings.database_url.get_secret_value()) as connection:
         await require_schema(connection)
-
     tune_garbage_collector()
     with _progress() as bar:
         task = bar.add_task("refilling", total=None)
@@ -290,5 +296,5 @@ async def _refill(settings: Settings) -> Summary | None:
                 on_start=_stop_on_signals,
             )
         except Interrupted:
-            stderr.print("interrupted; run it again to refill the rest", markup=False)
+            complain("interrupted; run it again to refill the rest")
             raise typer.Exit(ExitCode.INTERRUPTED) from None

@@ -11,7 +11,17 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
-from pipeline.cli.console import CommandGroup, JsonOption, canonical_agents, command_settings, run_job, stderr
+from pipeline.cli.console import (
+    CommandGroup,
+    JsonOption,
+    canonical_agents,
+    command_settings,
+    print_json,
+    run_job,
+    shown,
+    stderr,
+)
+from pipeline.core.printable import printable
 from pipeline.errors import ConfigError, ExitCode
 from pipeline.jobs.shadow import ShadowDiff, shadow_diff
 from pipeline.jobs.status import Status, gather_status
@@ -55,8 +65,7 @@ def status(
         raise ConfigError(f"--metrics {bad[0]!r} is not a URL: write http://host:port/metrics")
     found, problems = run_job(_status(settings, max_lag, stale_after, metrics or _own_metrics(settings)))
     if as_json:
-        answer = {"healthy": not problems, "problems": problems, **msgspec.structs.asdict(found)}
-        print(msgspec.json.encode(answer).decode())
+        print_json({"healthy": not problems, "problems": problems, **msgspec.structs.asdict(found)})
     else:
         _show_status(found, problems, stale_after)
     if problems:
@@ -120,7 +129,7 @@ def _show_status(found: Status, problems: list[str], stale_after: float) -> None
         if not risk.is_problem:
             console.print(f"note: {risk.text}", markup=False)
     for problem in problems:
-        console.print(f"UNHEALTHY: {problem}", markup=False)
+        console.print(shown(f"UNHEALTHY: {problem}"))
     if not problems:
         console.print("healthy", markup=False)
 
@@ -144,8 +153,7 @@ def why(
     found = run_job(_trace(settings, agent_id, key))
     verdict, explanation = explain(found)
     if as_json:
-        answer = {"verdict": verdict, "explanation": explanation, **msgspec.structs.asdict(found)}
-        print(msgspec.json.encode(answer).decode())
+        print_json({"verdict": verdict, "explanation": explanation, **msgspec.structs.asdict(found)})
     else:
         _show_trace(settings, found, verdict, explanation)
     if verdict not in ("held", "row_newer"):
@@ -177,13 +185,13 @@ def _show_trace(settings: Settings, found: Trace, verdict: str, explanation: str
     if row is not None:
         lines["row"] = _entry(row.value, row.error, row.collected_at)
     for name, text in (*lines.items(), (verdict, explanation)):
-        print(f"{name + ':':12} {text}")
+        print(printable(f"{name + ':':12} {text}"))
 
 
 def _entry(value: str, error: str, collected_at: datetime | None) -> str:
-    """Show a value on one line; ascii() leaves a terminal no control characters to obey."""
+    """Show a value on one line, in quotes; repr() escapes what printable() escapes."""
     of = f" of {collected_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}" if collected_at else ""
-    return f"{value[:80]!a}{f' (error {error[:80]!a})' if error else ''}{of}"
+    return f"{value[:80]!r}{f' (error {error[:80]!r})' if error else ''}{of}"
 
 
 @shadow_app.command("diff")
@@ -206,7 +214,7 @@ def shadow_diff_command(
 
     found = run_job(job())
     if as_json:
-        print(msgspec.json.encode(found).decode())
+        print_json(found)
     else:
         for label, count in (
             ("the same", found.same),
@@ -217,7 +225,7 @@ def shadow_diff_command(
         ):
             print(f"{label:40} {count:>12,}")
         for pair in found.pairs:
-            sides = (f"{side} {(pair[f'{side}_value'] or '')[:60]!a}" for side in ("live", "shadow"))
-            print(f"{pair['agent_id']} {pair['key']!a}: {', '.join(sides)}")
+            sides = (f"{side} {(pair[f'{side}_value'] or '')[:60]!r}" for side in ("live", "shadow"))
+            print(f"{pair['agent_id']} {pair['key']!r}: {', '.join(sides)}")
     if found.different or found.only_live:
         raise typer.Exit(ExitCode.FAILURE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import uuid
 from collections.abc import Callable
@@ -11,10 +10,17 @@ from typing import Annotated, Final
 
 import typer
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
-from pipeline.cli.console import CommandGroup, JsonOption, canonical_agents, command_settings, printable, run_job
+from pipeline.cli.console import (
+    CommandGroup,
+    JsonOption,
+    canonical_agents,
+    command_settings,
+    print_json,
+    run_job,
+    shown,
+)
 from pipeline.listener import Change, MetadataListener
 from pipeline.postgres.connections import require_sessions
 from pipeline.settings import Settings
@@ -55,7 +61,7 @@ def _print_change(change: Change) -> None:
         "collected_at": change.collected_at.isoformat(),
         "notified_at": change.notified_at,
     }
-    print(json.dumps(line), flush=True)
+    print_json(line)
 
 
 class _LiveTable:
@@ -79,5 +85,5 @@ class _LiveTable:
         for change in self._changes.values():
             age = f"{max(0.0, (now - change.collected_at).total_seconds()):.0f} s"
             texts = (str(change.agent_id), change.key, change.value, change.error, age)
-            table.add_row(*(escape(printable(text, limit=_MOST_CHARACTERS)) for text in texts))
+            table.add_row(*(shown(text, limit=_MOST_CHARACTERS) for text in texts))
         return table

@@ -7,9 +7,12 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import Final, Literal
+from io import StringIO
+from typing import Final, Literal, TextIO
 
 import structlog
+
+from pipeline.core.printable import printable
 
 # A client library's warning is logged at most this often: in an outage of Kafka it is repeated many times a second.
 _REPEAT_SECONDS: Final = 10.0
@@ -49,6 +52,18 @@ def without_kafka_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
+def _printable_fields(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Escape what a terminal would obey: the keys, values and errors in a log come from others."""
+    return {name: printable(value) if isinstance(value, str) else value for name, value in event.items()}
+
+
+def _printable_traceback(out: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+    """Write a plain traceback: rich's, the default where rich is installed, shows local variables, so passwords too."""
+    text = StringIO()
+    structlog.dev.plain_traceback(text, exc_info)
+    out.write("\n".join(map(printable, text.getvalue().split("\n"))))
+
+
 def configure_logging(log_format: Literal["console", "json"]) -> None:
     """Send structlog's and the standard library's records to stderr in one format; libraries from WARNING on."""
     shared: list[structlog.typing.Processor] = [
@@ -57,13 +72,11 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if log_format == "json":
-        renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
+        rendering: list[structlog.typing.Processor] = [structlog.processors.JSONRenderer()]
         shared.append(structlog.processors.format_exc_info)
     else:
-        # Not rich's tracebacks, the default where rich is installed: they show local variables, so passwords too.
-        renderer = structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-        )
+        console = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=_printable_traceback)
+        rendering = [_printable_fields, console]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -73,7 +86,7 @@ def configure_logging(log_format: Literal["console", "json"]) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
         )
     )
     handler.addFilter(RepeatFilter())

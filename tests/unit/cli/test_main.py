@@ -1,5 +1,6 @@
 """The command line without services: help, usage errors, and servers that do not answer."""
 
+import json
 import os
 import subprocess
 import sys
@@ -142,3 +143,58 @@ def test_database_url_that_is_none_exits_with_2_and_does_not_show_the_password(u
     message = complaint(done)
     assert "DATABASE_URL" in message
     assert "sec" not in message
+
+
+HOSTILE = "é\x1b]0;title\x07\u202e\udcff[red]:rocket:\nagent-metadata: forged"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "command"),
+    [
+        ("utf-8", ["watch", HOSTILE]),
+        ("ascii", ["dead-letter", "list", "--stage", HOSTILE]),
+        ("latin-1", ["dead-letter", "show", HOSTILE]),
+        ("cp437", ["replay", "--from", HOSTILE]),
+        ("ascii", ["why", HOSTILE, "cpu"]),
+        ("utf-8", ["status", "--metrics", HOSTILE]),
+    ],
+    ids=["watch", "list", "show", "replay", "why", "status"],
+)
+def test_error_is_one_line_that_a_terminal_does_not_obey(encoding, command):
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *as_bytes(command)],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    (line,) = done.stderr.decode(encoding).splitlines()
+    assert line.startswith("agent-metadata: ")
+    assert line.isprintable()
+    assert r"\x1b]0;title\x07\u202e" in line
+    assert "[red]:rocket:" in line
+
+
+def as_bytes(command):
+    """Encode arguments; a byte that is no UTF-8 is what becomes a lone surrogate in an argument."""
+    return [part.encode(errors="surrogateescape") for part in command]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_config_is_shown_on_any_terminal(encoding):
+    settings = {"AGENT_METADATA_KAFKA_SASL_USERNAME": "é日\x1b[31m\u202e", "PYTHONIOENCODING": encoding}
+    settings |= {"AGENT_METADATA_KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT"}
+    settings |= {"AGENT_METADATA_KAFKA_SASL_MECHANISM": "PLAIN", "AGENT_METADATA_KAFKA_SASL_PASSWORD": "p"}
+    for arguments in (["config"], ["config", "--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", *arguments],
+            env={**os.environ, **settings},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        text = done.stdout.decode(encoding)
+        assert [line for line in text.splitlines() if not line.isprintable()] == []
+    assert json.loads(text)["AGENT_METADATA_KAFKA_SASL_USERNAME"]["value"] == "é日\x1b[31m\u202e"

@@ -65,3 +65,48 @@ def test_own_warning_is_shown_each_time_but_for_handed_on_complaints(capsys):
         log.warning("kafka_unavailable", error="1/1 brokers are down")
     shown = capsys.readouterr().err
     assert (shown.count("role_ended"), shown.count("kafka_unavailable")) == (3, 1)
+
+
+HOSTILE = "\x1b]0;title\x07\u202e\x9b31m\ud800\r\n2024-01-01 forged"
+ESCAPED = r"\x1b]0;title\x07\u202e\x9b31m\ud800\r\n2024-01-01 forged"
+
+
+def lines_of(capsys, log_format, log):
+    """Return what is logged, by line, after checking that no character of it is one that a terminal obeys."""
+    configure_logging(log_format)
+    log()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if not line.isprintable()] == []
+    return lines
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+@pytest.mark.parametrize("text", [HOSTILE, HOSTILE.replace(" ", "")], ids=["words", "one-word"])
+def test_fields_and_event_can_not_reach_the_terminal(capsys, log_format, text):
+    log = structlog.get_logger("pipeline.sink.sink")
+    (line,) = lines_of(capsys, log_format, lambda: log.warning(text, key=text, keys=[text]))
+    assert r"forged" in line
+
+
+def test_event_is_shown_escaped(capsys):
+    log = structlog.get_logger("pipeline.sink.sink")
+    (line,) = lines_of(capsys, "console", lambda: log.warning(HOSTILE, key="\x1b[31m"))
+    assert ESCAPED in line
+    assert r"key=\x1b[31m" in line
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_message_of_a_library_can_not_reach_the_terminal(capsys, log_format):
+    (line,) = lines_of(capsys, log_format, lambda: logging.getLogger("library").warning("got %s", HOSTILE))
+    assert "forged" in line
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_error_in_a_traceback_can_not_reach_the_terminal(capsys, log_format):
+    def log():
+        try:
+            raise ValueError(HOSTILE)
+        except ValueError:
+            logging.getLogger("library").warning("it failed", exc_info=True)
+
+    assert "Traceback" in "".join(lines_of(capsys, log_format, log))
