@@ -1,6 +1,11 @@
 -- Purpose: read one pair's row.
 -- $1 uuid agent id, $2 text key.
+-- Times are clamped to the years 1 to 9999: another program may have written infinity, or a time beyond them, which no
+-- client of ours could represent.
 -- Locks: none.
-select value, error, collected_at
+select
+    value, error,
+    least(greatest(collected_at, timestamptz '0001-01-01 00:00:00+00'), timestamptz '9999-12-31 23:59:59.999999+00')
+        as collected_at
 from workspace_agent_metadata
 where workspace_agent_id = $1 and key = $2

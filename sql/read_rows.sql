@@ -1,7 +1,12 @@
 -- Purpose: read the metadata of agents, as listeners show it.
 -- $1 uuid[] agent ids.
+-- Times are clamped to the years 1 to 9999: another program may have written infinity, or a time beyond them, which no
+-- client of ours could represent.
 -- Locks: none.
-select workspace_agent_id, key, value, error, collected_at
+select
+    workspace_agent_id, key, value, error,
+    least(greatest(collected_at, timestamptz '0001-01-01 00:00:00+00'), timestamptz '9999-12-31 23:59:59.999999+00')
+        as collected_at
 from workspace_agent_metadata
 where workspace_agent_id = any($1::uuid[])
 order by workspace_agent_id, display_order, key

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 
-from pipeline.core.report import moment_from_us
+from pipeline.core.report import MAX_TIMESTAMP_US, MIN_TIMESTAMP_US, moment_from_us
 from pipeline.errors import DecodeError
 
 # Why a window closed. `scheduled`, `capacity` and `shutdown` are metadatabatcher's labels; `revoked` is ours (a
@@ -37,8 +37,13 @@ class Row(NamedTuple):
 
     @property
     def collected_at(self) -> datetime:
-        """The time as a datetime, within years 1 to 9999, to which reports are clamped."""
+        """The time as a datetime, clamped to years 1 to 9999."""
         return moment_from_us(self.collected_at_us)
+
+    @property
+    def is_storable(self) -> bool:
+        """Tell whether its time is in years 1 to 9999; Postgres holds others, which its readers can't represent."""
+        return MIN_TIMESTAMP_US <= self.collected_at_us <= MAX_TIMESTAMP_US
 
 
 class Columns(NamedTuple):
@@ -122,7 +127,10 @@ class Batch(msgspec.Struct, frozen=True):
 
     @property
     def sampled_time(self) -> float:
-        """When one of the entries was collected, in seconds since the Unix epoch; its index varies between batches."""
+        """When one of the entries was collected, in seconds since the Unix epoch; its index varies between batches.
+
+        Only for a batch whose rows are storable, and that has any.
+        """
         return self.collected_at_us[(self.source.last + self.part) % len(self.collected_at_us)] / 1e6
 
     @property
@@ -156,6 +164,30 @@ def decode_batch(raw: bytes | None) -> Batch:
     if lengths != {len(batch.agent_ids)}:
         raise DecodeError(f"the batch's columns are of unequal lengths: {len(batch.agent_ids)}, {sorted(lengths)}")
     return batch
+
+
+def separate_unstorable(batch: Batch) -> tuple[Batch, list[Batch]]:
+    """Return the batch without its rows that are not storable, and a batch of one row for each of those.
+
+    Our own workers make no such rows: they clamp times to years 1 to 9999.
+    """
+    times = batch.collected_at_us
+    if not times or (min(times) >= MIN_TIMESTAMP_US and max(times) <= MAX_TIMESTAMP_US):
+        return batch, []
+    storable: list[int] = []
+    unstorable: list[int] = []
+    for index, row in enumerate(batch.columns.rows()):
+        (storable if row.is_storable else unstorable).append(index)
+    return _pick(batch, storable), [_pick(batch, [index]) for index in unstorable]
+
+
+def unstorable_reason(collected_at_us: int) -> str:
+    """Return the reason for the dead letter of a row that is not storable."""
+    return f"a time outside the years 1 to 9999: collected_at_us is {collected_at_us}"
+
+
+def _pick(batch: Batch, indexes: Sequence[int]) -> Batch:
+    return msgspec.structs.replace(batch, **batch.columns.pick(indexes)._asdict())
 
 
 def split(rows: Sequence[Row], *, source: Source, window: WindowSpan, reason: Reason, batch_size: int) -> list[Batch]:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from typing import Final, Literal, NamedTuple
 
-from pipeline.core.batch import Row, decode_batch
+from pipeline.core.batch import Row, decode_batch, separate_unstorable, unstorable_reason
 from pipeline.core.record import CREATE_TIME, KafkaRecord
 from pipeline.core.report import Entry, Report
 from pipeline.core.window import UNLIMITED, OpenWindow
@@ -143,11 +143,14 @@ def restore(letter: DeadLetter, *, max_clock_skew: timedelta) -> list[Report]:
         return list(_reports(closed.rows))
     if letter.stage == "sink":
         try:
-            rows = decode_batch(letter.value).columns.rows()
-            # One report per row: an agent's keys together may exceed what one report can carry.
-            return [report for row in rows for report in _reports([row])]
+            batch, unstorable = separate_unstorable(decode_batch(letter.value))
         except DecodeError:
             pass  # the reason below helps more to fix it
+        else:
+            if unstorable:
+                raise DecodeError(unstorable_reason(unstorable[0].collected_at_us[0]))
+            # One report per row: an agent's keys together may exceed what one report can carry.
+            return [report for row in batch.columns.rows() for report in _reports([row])]
     raise DecodeError(closed.rejected[0].reason)
 
 

@@ -69,12 +69,8 @@ def timestamp_us(moment: datetime) -> int:
 
 
 def moment_from_us(timestamp_us: int) -> datetime:
-    """Convert microseconds since the Unix epoch to a datetime in UTC, exactly.
-
-    Raises:
-        OverflowError: it is not in years 1 to 9999.
-    """
-    return _EPOCH + timedelta(microseconds=timestamp_us)
+    """Convert microseconds since the Unix epoch to a datetime in UTC, exactly, clamped to years 1 to 9999."""
+    return _EPOCH + timedelta(microseconds=min(max(timestamp_us, MIN_TIMESTAMP_US), MAX_TIMESTAMP_US))
 
 
 def canonical_agent_id(text: str) -> str:

@@ -163,7 +163,7 @@ def _is_same_time(other: Event | None, event: Event) -> bool:
 
 
 def _since(reader: RangeReader, partition: int, moment: datetime) -> Iterator[Message]:
-    for offsets in reader.between([partition], round(moment.timestamp() * 1000), None):
+    for offsets in reader.between([partition], max(0, round(moment.timestamp() * 1000)), None):
         yield from reader.records(offsets)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
 
-from pipeline.core.batch import Batch, Row, decode_batch
+from pipeline.core.batch import Batch, Row, decode_batch, separate_unstorable
 from pipeline.core.record import Record
 from pipeline.core.report import AgentIds
 from pipeline.core.window import OpenWindow
@@ -91,7 +91,7 @@ class BatchesFold:
         self.dead = 0
 
     def fold(self, records: Sequence[Record], start: int) -> int:
-        """See Fold; `dead` counts records, and rows of batches whose agent id is not a UUID."""
+        """See Fold; `dead` counts records, and rows of batches whose agent id is not a UUID or time not storable."""
         for index in range(start, len(records)):
             if len(self._newest) >= self._capacity:
                 return index
@@ -104,6 +104,8 @@ class BatchesFold:
     def _take(self, batch: Batch) -> None:
         newest, known = self._newest, self._agent_ids.known
         self._entries += len(batch.agent_ids)
+        batch, unstorable = separate_unstorable(batch)
+        self.dead += len(unstorable)
         for text, key, value, error, collected_at_us in zip(*batch.columns, strict=True):
             try:
                 agent_id = known.get(text) or self._agent_ids.learn(text)

@@ -13,7 +13,7 @@ import structlog
 import tenacity
 from confluent_kafka import Message
 
-from pipeline.core.batch import Row, decode_batch
+from pipeline.core.batch import Batch, Row, decode_batch, encode_batch, separate_unstorable, unstorable_reason
 from pipeline.errors import ConfigError, DecodeError, FlushFailed, ProgressGap, RowRejected, ServiceUnavailable
 from pipeline.kafka.dead_letters import DeadLetterWriter
 from pipeline.kafka.records import as_record
@@ -192,7 +192,8 @@ class Sink:
         messages, received, entries, acknowledgements = [], [], 0, []
         for message in tuple(self._waiting[partition]):
             try:
-                batch = decode_batch(message.value())
+                batch, unstorable = separate_unstorable(decode_batch(message.value()))
+                acknowledgements += [await self._reject_unstorable(partition, message, row) for row in unstorable]
             except DecodeError as error:
                 dead = await self._dead_letters.write_record(partition, as_record(message), str(error))
                 acknowledgements.append(dead)
@@ -209,6 +210,14 @@ class Sink:
     async def _reject(self, partition: int, row: Row, error: RowRejected) -> Awaitable[None]:
         _log.warning("row_rejected", agent_id=row.agent_id, key=row.key, error=str(error), sqlstate=error.sqlstate)
         return await self._dead_letters.write_row(partition, row, error)
+
+    async def _reject_unstorable(self, partition: int, message: Message, batch: Batch) -> Awaitable[None]:
+        """Dead-letter a row as a batch of its own: a report can't carry its time, and it must not get another."""
+        (agent_id,), (key,), reason = batch.agent_ids, batch.keys, unstorable_reason(*batch.collected_at_us)
+        _log.warning("row_rejected", agent_id=agent_id, key=key, error=reason)
+        self._metrics.dead_letters.labels("row_rejected").inc()
+        record = as_record(message)._replace(key=agent_id.encode(), value=encode_batch(batch))
+        return await self._dead_letters.write_record(partition, record, reason)
 
     def _hold(self, state: tenacity.RetryCallState) -> None:
         self._metrics.failed_flushes.inc()

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.core.batch import Row, Source, WindowSpan, encode_batch, split
 from pipeline.core.dead_letter import REDRIVES_HEADER, dead_letter_headers, read_dead_letter, restore
-from pipeline.core.report import Entry, Report, encode_report, timestamp_us
+from pipeline.core.report import MAX_TIMESTAMP_US, Entry, Report, encode_report, timestamp_us
 from pipeline.errors import DecodeError
 
 AGENT = str(uuid.UUID(int=7))
@@ -77,6 +77,14 @@ def test_restored_row_that_postgres_refused_is_the_row():
 def test_what_would_be_refused_again_says_why(value, stage):
     with pytest.raises(DecodeError):
         restore(letter(value, stage=stage), max_clock_skew=SKEW)
+
+
+def test_row_whose_time_no_report_can_carry_would_be_refused_again():
+    source, window = Source("events", "id", 0, 0, 9), WindowSpan(0, 1)
+    rows = [Row(AGENT, "cpu", "v", "", MAX_TIMESTAMP_US + 1)]
+    (batch,) = split(rows, source=source, window=window, reason="scheduled", batch_size=500)
+    with pytest.raises(DecodeError, match="outside the years 1 to 9999"):
+        restore(letter(encode_batch(batch), stage="sink"), max_clock_skew=SKEW)
 
 
 def test_batch_that_can_be_read_now_becomes_reports_of_its_rows():

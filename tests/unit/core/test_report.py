@@ -134,3 +134,11 @@ def test_timestamp_us_is_exact_and_stays_within_years_1_to_9999(moment, microsec
 @pytest.mark.parametrize("microseconds", [MIN_TIMESTAMP_US, -1, 0, MAX_TIMESTAMP_US])
 def test_moment_from_us_is_the_exact_inverse(microseconds):
     assert timestamp_us(moment_from_us(microseconds)) == microseconds
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "clamped"),
+    [(MIN_TIMESTAMP_US - 1, MIN_TIMESTAMP_US), (MAX_TIMESTAMP_US + 1, MAX_TIMESTAMP_US), (10**400, MAX_TIMESTAMP_US)],
+)
+def test_moment_from_us_stays_within_years_1_to_9999(microseconds, clamped):
+    assert moment_from_us(microseconds) == moment_from_us(clamped)
