@@ -3,6 +3,8 @@
 The load is 1,000,000 reports of ten keys, five of each of 200,000 agents, into 8 partitions. `worker, default` keeps
 its windows to 50,000 pairs per partition and closes them early. `worker, all pairs` may hold all 2,000,000 at once.
 The sink was stopped meanwhile: it starts with all batches of the default worker in front of it, 10,000,000 rows.
+`worker, values of 2 kB` is fed one such value of each of 400,000 agents: with the default of OPEN_WINDOWS_BYTES, and
+with 1 GiB, which this load does not reach.
 Peaks are the kernel's own (VmHWM), of one process each.
 """
 
@@ -12,6 +14,7 @@ import asyncio
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from confluent_kafka import Consumer, Producer, TopicPartition
@@ -26,6 +29,7 @@ from pipeline.settings import Settings
 
 AGENTS, KEYS, ROUNDS, PARTITIONS = 200_000, 10, 5, 8
 PAIRS = AGENTS * KEYS
+LARGE_AGENTS, LARGE_VALUE = 400_000, "x" * 2000
 WAIT_SECONDS = 1200.0
 
 
@@ -34,7 +38,7 @@ def memory_mib(pid: int, what: str) -> int:
     return round(int(status.split(f"{what}:")[1].split()[0]) / 1024)
 
 
-def produce(settings: Settings) -> None:
+def produce(settings: Settings, agents: int, rounds: int, entries: Callable[[int], list[Entry]]) -> None:
     producer = Producer(
         {
             **settings.client_config(),
@@ -44,14 +48,22 @@ def produce(settings: Settings) -> None:
             "queue.buffering.max.messages": 2_000_000,
         }
     )
-    ids = agent_ids(AGENTS)
-    for number in range(ROUNDS):
+    ids = agent_ids(agents)
+    for number in range(rounds):
         for agent_id in ids:
-            entries = [Entry(f"key{key:02}", f"value {number} of {key}") for key in range(KEYS)]
-            producer.produce(settings.events_topic, encode_report(Report(agent_id, entries)), agent_id)
-        say(f"produced {(number + 1) * AGENTS:,} reports")
+            producer.produce(settings.events_topic, encode_report(Report(agent_id, entries(number))), agent_id)
+            producer.poll(0)
+        say(f"produced {(number + 1) * agents:,} reports")
         producer.poll(0)
     assert producer.flush(120) == 0
+
+
+def small(number: int) -> list[Entry]:
+    return [Entry(f"key{key:02}", f"value {number} of {key}") for key in range(KEYS)]
+
+
+def large(number: int) -> list[Entry]:
+    return [Entry("text", f"{number} {LARGE_VALUE}")]
 
 
 def lag(settings: Settings, group: str, topic: str) -> int:
@@ -92,12 +104,20 @@ async def measure(services: LocalServices, folder: Path) -> dict[str, dict[str, 
     default = Deployment(*where, run_id="memory", window_capacity=50_000, **common)
     # The same events a second time, for a group of its own.
     all_pairs = Deployment(*where, run_id="memory", window_capacity=PAIRS, consumer_group="all-pairs", **common)
+    large_default = Deployment(*where, run_id="memory-large", **common)
+    large_all = Deployment(
+        *where, run_id="memory-large", open_windows_bytes=1024**3, consumer_group="large-all", **common
+    )
     await default.prepare()
-    await asyncio.to_thread(produce, default.settings)
+    await large_default.prepare()
+    await asyncio.to_thread(produce, default.settings, AGENTS, ROUNDS, small)
+    await asyncio.to_thread(produce, large_default.settings, LARGE_AGENTS, 1, large)
     return {
         "worker, default": await run_role(default, "worker"),
         "sink, 10,000,000 rows waiting": await run_role(default, "sink"),
         "worker, all pairs": await run_role(all_pairs, "worker"),
+        "worker, values of 2 kB": await run_role(large_default, "worker"),
+        "worker, values of 2 kB, up to 1 GiB": await run_role(large_all, "worker"),
     }
 
 
