@@ -46,6 +46,10 @@ class DecodeError(PipelineError):
     """Bytes can't be decoded: dead-letter the record with this reason, ignore the NOTIFY; a retry would fail again."""
 
 
+class NewerVersion(PipelineError):
+    """A record is of a version that came after this program: apply nothing behind it, and have the program upgraded."""
+
+
 class ServiceUnavailable(PipelineError):
     """Kafka or Postgres is unavailable or busy: keep what you have, wait, try again."""
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from itertools import islice
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
 
 from pipeline.core.report import MAX_TIMESTAMP_US, MIN_TIMESTAMP_US, moment_from_us
-from pipeline.errors import DecodeError
+from pipeline.errors import DecodeError, NewerVersion
 
 # Why a window closed. `scheduled`, `capacity` and `shutdown` are metadatabatcher's labels; `revoked` is ours (a
-# rebalance). A reason that a sink doesn't know would be a dead letter: sinks have to be upgraded before workers.
+# rebalance). A newer worker may have others.
 Reason = Literal["scheduled", "capacity", "shutdown", "revoked"]
+_REASONS: Final = frozenset(get_args(Reason))
 
+# Raised by a change that a sink must know of to apply a batch rightly; not by a new field that it may ignore. All
+# versions up to this one are read, so that new sinks work with old workers.
 BATCH_VERSION: Final = 1
 # Kafka refuses records over 1,048,588 bytes by default; this leaves room for the source, the window and headers.
 MAX_COLUMNS_BYTES: Final = 900_000
@@ -105,12 +109,13 @@ class WindowSpan(msgspec.Struct, frozen=True):
 class Batch(msgspec.Struct, frozen=True):
     """Part `part` of `parts` of a window's rows; the source range counts as applied with the last part only.
 
-    Shape: the five columns have the same length, as unnest requires.
+    `reason` is a Reason, or the one of a newer worker. Shape: the five columns have the same length, as unnest
+    requires.
     """
 
     source: Source
     window: WindowSpan
-    reason: Reason
+    reason: str
     part: int
     parts: int
     agent_ids: list[str]
@@ -119,6 +124,11 @@ class Batch(msgspec.Struct, frozen=True):
     errors: list[str]
     collected_at_us: list[int]
     version: int = BATCH_VERSION
+
+    @property
+    def reason_label(self) -> str:
+        """The reason as a metric's label: "other" if this program doesn't know it."""
+        return self.reason if self.reason in _REASONS else "other"
 
     @property
     def completes_source(self) -> bool:
@@ -139,8 +149,16 @@ class Batch(msgspec.Struct, frozen=True):
         return Columns(self.agent_ids, self.keys, self.values, self.errors, self.collected_at_us)
 
 
+class _Versioned(msgspec.Struct):
+    """What is read of a batch that may be of any version."""
+
+    version: int
+
+
 _encode: Final = msgspec.json.Encoder().encode
 _decoder: Final = msgspec.json.Decoder(Batch)
+_version_decoder: Final = msgspec.json.Decoder(_Versioned)
+_PARSE_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, TypeError, RecursionError)  # None is a TypeError
 
 
 def encode_batch(batch: Batch) -> bytes:
@@ -152,18 +170,30 @@ def decode_batch(raw: bytes | None) -> Batch:
     """Decode one record of the batches topic.
 
     Raises:
-        DecodeError: not a batch, or of an unknown version; the message is the reason for the dead letter.
+        NewerVersion: its `version` is a later one than this program reads, whatever else it holds.
+        DecodeError: not a batch; the message is the reason for the dead letter.
     """
     try:
-        batch = _decoder.decode(raw)  # type: ignore[arg-type]  # None raises TypeError
-    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, RecursionError) as error:
+        batch = _decoder.decode(raw)  # type: ignore[arg-type]
+    except _PARSE_ERRORS as error:
+        with contextlib.suppress(*_PARSE_ERRORS):
+            _refuse_version(_version_decoder.decode(raw).version)  # type: ignore[arg-type]
         raise DecodeError(f"not a batch: {error}") from error
-    if batch.version != BATCH_VERSION:
-        raise DecodeError(f"a batch of version {batch.version}; this program reads version {BATCH_VERSION}")
+    _refuse_version(batch.version)
     lengths = {len(column) for column in (batch.keys, batch.values, batch.errors, batch.collected_at_us)}
     if lengths != {len(batch.agent_ids)}:
         raise DecodeError(f"the batch's columns are of unequal lengths: {len(batch.agent_ids)}, {sorted(lengths)}")
     return batch
+
+
+def _refuse_version(version: int) -> None:
+    if version > BATCH_VERSION:
+        raise NewerVersion(
+            f"a batch of version {version}, and this program reads version {BATCH_VERSION}: upgrade the sinks first, "
+            "and this program with them"
+        )
+    if version < 1:
+        raise DecodeError(f"a batch of version {version}: versions begin at 1")
 
 
 def separate_unstorable(batch: Batch) -> tuple[Batch, list[Batch]]:

@@ -11,7 +11,7 @@ from pipeline.core.batch import Row, decode_batch, separate_unstorable, unstorab
 from pipeline.core.record import CREATE_TIME, KafkaRecord
 from pipeline.core.report import Entry, Report
 from pipeline.core.window import UNLIMITED, OpenWindow
-from pipeline.errors import DecodeError
+from pipeline.errors import DecodeError, NewerVersion
 
 Stage = Literal["worker", "sink"]
 Headers = Sequence[tuple[str, bytes]]
@@ -144,6 +144,8 @@ def restore(letter: DeadLetter, *, max_clock_skew: timedelta) -> list[Report]:
     if letter.stage == "sink":
         try:
             batch, unstorable = separate_unstorable(decode_batch(letter.value))
+        except NewerVersion as newer:
+            raise DecodeError(str(newer)) from None
         except DecodeError:
             pass  # the reason below helps more to fix it
         else:

@@ -13,8 +13,9 @@ import msgspec
 from asyncpg import Connection
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline.core.batch import decode_batch
 from pipeline.core.replication import Risk
-from pipeline.errors import ANSWER_SECONDS, ServiceUnavailable
+from pipeline.errors import ANSWER_SECONDS, DecodeError, NewerVersion, ServiceUnavailable
 from pipeline.kafka.admin import KafkaAdmin, Offsets
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
 from pipeline.kafka.topics import TopicFacts, find_risks, require_topics
@@ -36,7 +37,8 @@ class PartitionStatus(msgspec.Struct):
 
     Units: lags in records, of the events topic and of the batches topic; `*_behind_seconds` is how long the oldest
     unfinished record has waited. `open_pairs` is None if no worker's metrics can be read. `uncommitted` records of the
-    events topic wait in Kafka, in or behind a transaction that was begun `uncommitted_seconds` ago.
+    events topic wait in Kafka, in or behind a transaction that was begun `uncommitted_seconds` ago. `needs_upgrade` says
+    why the next batch can't be read.
     """
 
     partition: int
@@ -46,6 +48,7 @@ class PartitionStatus(msgspec.Struct):
     sink_lag: int = 0
     sink_behind_seconds: float = 0.0
     last_applied_at: datetime | None = None
+    needs_upgrade: str | None = None
     uncommitted: int = 0
     uncommitted_seconds: float = 0.0
 
@@ -69,6 +72,7 @@ class Status(msgspec.Struct):
     outage_seconds: float | None = None
     is_table_emptied: bool = False
     risks: list[Risk] = []
+    held_partitions: float | None = None
 
     def problems(self, *, worker_may_lag_seconds: float, sink_may_lag_seconds: float) -> list[str]:
         """Return one line for each thing that is wrong; none if the pipeline is healthy."""
@@ -90,6 +94,13 @@ class Status(msgspec.Struct):
         sink = max((partition.sink_behind_seconds for partition in self.partitions), default=0.0)
         if sink > sink_may_lag_seconds:
             problems.append(f"the sink is {sink:.0f} s behind: see its log, and whether Postgres is slow")
+        problems += [
+            f"partition {item.partition} waits: {item.needs_upgrade}" for item in self.partitions if item.needs_upgrade
+        ]
+        if self.held_partitions:
+            problems.append(
+                f"a sink holds {self.held_partitions:.0f} partitions back, at newer batches: upgrade the sinks"
+            )
         if self.outage_seconds:
             problems.append(f"a sink has held batches back for {self.outage_seconds:.0f} s: Postgres is unavailable")
         if self.is_table_emptied:
@@ -102,6 +113,13 @@ class LagNow(NamedTuple):
 
     records: int
     seconds: float
+
+
+class _First(NamedTuple):
+    """The oldest unfinished record of a partition: how long it has waited, and its value."""
+
+    waited: float
+    value: bytes | None
 
 
 class _Groups(NamedTuple):
@@ -129,9 +147,9 @@ async def gather_status(
         epoch = await fetch_one(connection, statement("read_epoch"))
     applied = {row["partition"]: row for row in rows}
     groups = await _ask_kafka(settings, topics)
-    worker = await _lags(settings, topics["events"], groups.committed, groups.events)
+    worker, _ = await _lags(settings, topics["events"], groups.committed, groups.events)
     next_offsets = {number: row["next_offset"] for number, row in applied.items()}
-    sink = await _lags(settings, topics["batches"], next_offsets, groups.batches)
+    sink, first_batches = await _lags(settings, topics["batches"], next_offsets, groups.batches)
     open_for = await _open_for(settings, topics["events"], groups.events)
     samples = await asyncio.to_thread(_scrape, metrics_urls)
     risks = await asyncio.to_thread(find_risks, settings.client_config(), settings.declared_topics())
@@ -145,6 +163,7 @@ async def gather_status(
                 _open_pairs(samples, number),
                 *sink[number],
                 applied[number]["updated_at"] if number in applied else None,
+                _why_unreadable(first_batches[number]) if number in first_batches else None,
                 groups.events[number].end - groups.events[number].stable,
                 open_for[number],
             )
@@ -154,9 +173,8 @@ async def gather_status(
         table=await _table(connection, stale_after_seconds),
         is_table_emptied=is_over(epoch),
         risks=risks,
-        outage_seconds=max(
-            (value for name, _, value in samples if name == "agent_metadata_outage_seconds"), default=None
-        ),
+        outage_seconds=_highest(samples, "agent_metadata_outage_seconds"),
+        held_partitions=_highest(samples, "agent_metadata_held_partitions"),
     )
 
 
@@ -183,39 +201,54 @@ async def _ask_kafka(settings: Settings, topics: Mapping[str, TopicFacts]) -> _G
 
 async def _lags(
     settings: Settings, topic: TopicFacts, positions: Mapping[int, int], ends: OffsetsByPartition
-) -> dict[int, LagNow]:
+) -> tuple[dict[int, LagNow], Mapping[int, _First]]:
     starts = {number: max(at.earliest, positions.get(number, at.earliest)) for number, at in ends.items()}
     waiting = {number: at for number, at in starts.items() if at < ends[number].stable}
-    seconds: Mapping[int, float] = {}
+    first: Mapping[int, _First] = {}
     if waiting:
         async with RangeReader(settings.client_config(), topic.name) as reader:
-            seconds = await asyncio.to_thread(_waited, reader, waiting)
-    return {number: LagNow(max(0, ends[number].stable - at), seconds.get(number, 0.0)) for number, at in starts.items()}
+            first = await asyncio.to_thread(_first_waiting, reader, waiting)
+    lags = {
+        number: LagNow(max(0, ends[number].stable - at), first[number].waited if number in first else 0.0)
+        for number, at in starts.items()
+    }
+    return lags, first
 
 
 async def _open_for(settings: Settings, topic: TopicFacts, offsets: OffsetsByPartition) -> dict[int, float]:
     """Return how many seconds ago the first open transaction of each partition began; 0 where there is none."""
     begins = {number: at.stable for number, at in offsets.items() if at.stable < at.end}
-    seconds: Mapping[int, float] = {}
+    first: Mapping[int, _First] = {}
     if begins:
         config = {**settings.client_config(), "isolation.level": "read_uncommitted"}
         async with RangeReader(config, topic.name) as reader:
-            seconds = await asyncio.to_thread(_waited, reader, begins)
-    return {number: seconds.get(number, 0.0) for number in offsets}
+            first = await asyncio.to_thread(_first_waiting, reader, begins)
+    return {number: first[number].waited if number in first else 0.0 for number in offsets}
 
 
-def _waited(reader: RangeReader, positions: Mapping[int, int]) -> dict[int, float]:
-    """Return how many seconds ago the record at each position was appended."""
-    waited = {}
+def _first_waiting(reader: RangeReader, positions: Mapping[int, int]) -> dict[int, _First]:
+    """Read the record at each position."""
+    found = {}
     for number, at in positions.items():
         reader.open(OffsetRange(number, at, at + 1))
         deadline = time.monotonic() + ANSWER_SECONDS
         while not reader.is_done:
             for message in reader.read(1):
-                waited[number] = max(0.0, time.time() - message.timestamp()[1] / 1000)
+                found[number] = _First(max(0.0, time.time() - message.timestamp()[1] / 1000), message.value())
             if time.monotonic() > deadline:
                 raise ServiceUnavailable(f"Kafka did not send a record of {reader.topic} within {ANSWER_SECONDS:g} s")
-    return waited
+    return found
+
+
+def _why_unreadable(first: _First) -> str | None:
+    """Say why a sink like this program holds the batch back; None if it doesn't."""
+    try:
+        decode_batch(first.value)
+    except NewerVersion as newer:
+        return str(newer)
+    except DecodeError:
+        pass
+    return None
 
 
 async def _table(connection: Connection, stale_after_seconds: float) -> TableStatus | None:
@@ -241,6 +274,10 @@ def _scrape(urls: Sequence[str]) -> list[Sample]:
         for family in text_string_to_metric_families(text):
             samples += [(sample.name, sample.labels, sample.value) for sample in family.samples]
     return samples
+
+
+def _highest(samples: Sequence[Sample], metric: str) -> float | None:
+    return max((value for name, _, value in samples if name == metric), default=None)
 
 
 def _open_pairs(samples: Sequence[Sample], partition: int) -> int | None:

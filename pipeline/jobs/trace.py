@@ -15,7 +15,7 @@ from pipeline.core.batch import decode_batch
 from pipeline.core.dead_letter import source_text
 from pipeline.core.report import BACKSLASH, moment_from_us, timestamp_us
 from pipeline.core.window import UNLIMITED, OpenWindow
-from pipeline.errors import DecodeError
+from pipeline.errors import DecodeError, NewerVersion
 from pipeline.jobs.status import group_positions
 from pipeline.jobs.why import Carrier, Event, TableRow, Trace
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
@@ -40,6 +40,7 @@ async def trace(
 
     Raises:
         TopicMismatch, ServiceUnavailable, ConfigError: topics are missing, or a server does not answer.
+        NewerVersion: the event's batch was not found among those that this program can read, and there are others.
     """
     config = settings.client_config()
     topics = await require_topics(config, settings.declared_topics())
@@ -134,9 +135,13 @@ def _time(event: Event) -> datetime:
 
 
 def _carrier(reader: RangeReader, events_topic_id: str, pair: tuple[str, str], event: Event) -> Carrier | None:
+    newer: NewerVersion | None = None
     for message in _since(reader, event.partition, event.appended_at):
         try:
             batch = decode_batch(message.value())
+        except NewerVersion as error:
+            newer = newer or error
+            continue
         except DecodeError:
             continue
         source = batch.source
@@ -145,6 +150,8 @@ def _carrier(reader: RangeReader, events_topic_id: str, pair: tuple[str, str], e
         if source.first <= event.offset <= source.last and pair in zip(batch.agent_ids, batch.keys, strict=True):
             closed_at = moment_from_us(batch.window.end_us)
             return Carrier(event.partition, message.offset(), batch.part, batch.parts, batch.reason, closed_at)
+    if newer is not None:
+        raise newer  # it may be the one
     return None
 
 

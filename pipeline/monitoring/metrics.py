@@ -171,6 +171,11 @@ class SinkMetrics(Metrics):
         self.dead_letters = Counter(
             "agent_metadata_dead_letters", "Records or rows dead-lettered.", ["reason"], registry=registry
         )
+        self.held_partitions = Gauge(
+            "agent_metadata_held_partitions",
+            "Partitions held back at a batch of a newer version than this sink reads: upgrade the sinks first.",
+            registry=registry,
+        )
         self.lost_batches = Counter(
             "agent_metadata_retention_lost_batches",
             "Batches that retention deleted before they were applied.",

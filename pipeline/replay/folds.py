@@ -26,7 +26,11 @@ class Fold(Protocol):
     dead: int
 
     def fold(self, records: Sequence[Record], start: int) -> int:
-        """Fold `records[start:]`, of one record batch, until the capacity is reached; return the next index."""
+        """Fold `records[start:]`, of one record batch, until the capacity is reached; return the next index.
+
+        Raises:
+            NewerVersion: it must not be skipped, as it may hold the latest entries.
+        """
         ...
 
     @property

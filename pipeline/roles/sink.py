@@ -129,7 +129,7 @@ def _why_not_ready(consumer: BatchConsumer, sink: Sink, table: TableWatch) -> st
         return "the table was emptied, and is being refilled"
     if not consumer.is_assigned:
         return "no partitions are assigned, or Postgres has not said where to start"
-    return "Postgres can't take batches; they are held back" if sink.is_holding else None
+    return "Postgres can't take batches; they are held back" if sink.is_holding else sink.why_upgrade
 
 
 async def _refill(settings: Settings) -> bool:

@@ -7,14 +7,22 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, Literal
 
 import structlog
 import tenacity
 from confluent_kafka import Message
 
 from pipeline.core.batch import Batch, Row, decode_batch, encode_batch, separate_unstorable, unstorable_reason
-from pipeline.errors import ConfigError, DecodeError, FlushFailed, ProgressGap, RowRejected, ServiceUnavailable
+from pipeline.errors import (
+    ConfigError,
+    DecodeError,
+    FlushFailed,
+    NewerVersion,
+    ProgressGap,
+    RowRejected,
+    ServiceUnavailable,
+)
 from pipeline.kafka.dead_letters import DeadLetterWriter
 from pipeline.kafka.records import as_record
 from pipeline.monitoring.lag import Position
@@ -57,6 +65,7 @@ class Sink:
         self._writers: dict[int, asyncio.Task[None]] = {}
         self._applied: dict[int, int] = {}
         self._held_since: float | None = None
+        self._newer: dict[int, NewerVersion] = {}
 
     def start(self) -> asyncio.Task[None]:
         """Start consuming; see BatchConsumer.start for the task."""
@@ -72,6 +81,13 @@ class Sink:
         """How long batches have been held back; 0 if they are not."""
         return 0.0 if self._held_since is None else time.monotonic() - self._held_since
 
+    @property
+    def why_upgrade(self) -> str | None:
+        """Say which partitions wait for sinks of a newer version, if any do."""
+        if not self._newer:
+            return None
+        return f"partitions {sorted(self._newer)} wait at {next(iter(self._newer.values()))}"
+
     def positions(self) -> Mapping[int, Position]:
         """Return how far each partition that the consumer owns now is applied."""
         positions = dict(self._consumer.positions())
@@ -83,7 +99,10 @@ class Sink:
         return positions
 
     def take(self, partition: int, messages: Sequence[Message]) -> None:
-        """Queue records of a partition, in offset order."""
+        """Queue records of a partition, in offset order; one that waits for an upgrade keeps none of them."""
+        if partition in self._newer:
+            self._consumer.release(buffered_bytes(messages))
+            return
         if partition not in self._writers:
             self._waiting[partition] = deque()
             self._arrived[partition] = asyncio.Event()
@@ -103,37 +122,37 @@ class Sink:
                 self._applied.pop(partition, None)
                 self._consumer.release(buffered_bytes(self._waiting.pop(partition)))
                 del self._arrived[partition]
+                self._newer.pop(partition, None)
+        self._metrics.held_partitions.set(len(self._newer))
 
     async def drain(self, timeout_seconds: float) -> bool:
         """Wait until everything that Kafka holds at this moment is applied; false if that takes too long.
 
         What is left stays in Kafka. While Postgres can't take batches, or once a writer has failed, it returns at once.
+        It does not wait for partitions that wait for an upgrade.
         """
         deadline = time.monotonic() + timeout_seconds
         try:
             ends = await self._consumer.ends()
         except ServiceUnavailable as error:
-            _log.warning("batches_left_unapplied", why=str(error), advice="they wait in Kafka for the next start")
-            return False
-        while any(self._applied.get(partition, 0) < end for partition, end in ends.items()):
-            if any(writer.done() for writer in self._writers.values()):
+            return _leave_unapplied(str(error))
+        while any(self._applied.get(n, 0) < end for n, end in ends.items() if n not in self._newer):
+            if any(writer.done() for n, writer in self._writers.items() if n not in self._newer):
                 return False
-            if self.is_holding or time.monotonic() > deadline:
-                why = (
-                    "Postgres can't take them"
-                    if self.is_holding
-                    else f"not everything was applied within {timeout_seconds:g} s"
-                )
-                _log.warning("batches_left_unapplied", why=why, advice="they wait in Kafka for the next start")
-                return False
+            if self.is_holding:
+                return _leave_unapplied("Postgres can't take them")
+            if time.monotonic() > deadline:
+                return _leave_unapplied(f"not everything was applied within {timeout_seconds:g} s")
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
-        return True
+        return True if self.why_upgrade is None else _leave_unapplied(self.why_upgrade)
 
     async def _write(self, partition: int) -> None:
         waiting, arrived = self._waiting[partition], self._arrived[partition]
         while True:
             await arrived.wait()
             messages, received = await self._next(partition)
+            if not messages:
+                return  # until it is lost, and some sink reads it again from there
             started = time.perf_counter()
             try:
                 applied = await self._apply_when_possible(partition, received)
@@ -188,12 +207,20 @@ class Sink:
                 return applied
 
     async def _next(self, partition: int) -> tuple[list[Message], list[Received]]:
-        """Decode as many waiting records as go into one transaction; they stay in `waiting` until it is done."""
-        messages, received, entries, acknowledgements = [], [], 0, []
+        """Decode as many waiting records as go into one transaction; they stay in `waiting` until it is done.
+
+        None if the partition waits for an upgrade from here on.
+        """
+        messages: list[Message] = []
+        received, entries, acknowledgements = [], 0, []
         for message in tuple(self._waiting[partition]):
             try:
                 batch, unstorable = separate_unstorable(decode_batch(message.value()))
                 acknowledgements += [await self._reject_unstorable(partition, message, row) for row in unstorable]
+            except NewerVersion as newer:
+                if not messages:
+                    self._await_upgrade(partition, newer)
+                break
             except DecodeError as error:
                 dead = await self._dead_letters.write_record(partition, as_record(message), str(error))
                 acknowledgements.append(dead)
@@ -206,6 +233,16 @@ class Sink:
                 break
         await asyncio.gather(*acknowledgements)
         return messages, received
+
+    def _await_upgrade(self, partition: int, newer: NewerVersion) -> None:
+        """Apply nothing more of a partition. Its first record is kept, to show the lag; those behind it are dropped."""
+        first, *others = self._waiting[partition]
+        self._waiting[partition] = deque([first])
+        self._consumer.release(buffered_bytes(others))
+        self._newer[partition] = newer
+        self._metrics.held_partitions.set(len(self._newer))
+        advice = "the partition waits in Kafka; nothing is lost"
+        _log.warning("partition_held_back", partition=partition, offset=first.offset(), error=str(newer), advice=advice)
 
     async def _reject(self, partition: int, row: Row, error: RowRejected) -> Awaitable[None]:
         _log.warning("row_rejected", agent_id=row.agent_id, key=row.key, error=str(error), sqlstate=error.sqlstate)
@@ -235,9 +272,9 @@ class Sink:
     def _observe(self, applied: Applied, seconds: float) -> None:
         metrics, written, now = self._metrics, applied.written, time.time()
         for batch in applied.batches:
-            metrics.batches.labels(batch.reason).inc()
+            metrics.batches.labels(batch.reason_label).inc()
             metrics.batch_size.observe(len(batch.agent_ids))
-            metrics.flush_seconds.labels(batch.reason).observe(seconds)
+            metrics.flush_seconds.labels(batch.reason_label).observe(seconds)
             metrics.flushed.inc(len(batch.agent_ids))
             for keys in Counter(batch.agent_ids).values():
                 metrics.batch_utilization.observe(keys)
@@ -256,3 +293,8 @@ class Sink:
     def _report_failure(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_failure(error)
+
+
+def _leave_unapplied(why: str) -> Literal[False]:
+    _log.warning("batches_left_unapplied", why=why, advice="they wait in Kafka for the next start")
+    return False

@@ -59,7 +59,7 @@ def bad_reports(count: int) -> list[tuple[bytes, bytes]]:
 
 def bad_batches(count: int) -> list[tuple[bytes, bytes]]:
     """Records that are not batches, of several kinds."""
-    kinds = (b"{", b"\xff\xfe", b'{"version":2}')
+    kinds = (b"{", b"\xff\xfe", b'{"version":0}')
     return [(b"", kinds[number % len(kinds)]) for number in range(count)]
 
 

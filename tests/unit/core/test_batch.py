@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+from pipeline.core import batch as batch_module
 from pipeline.core.batch import Batch, Source, WindowSpan, decode_batch, encode_batch
-from pipeline.errors import DecodeError
+from pipeline.errors import DecodeError, NewerVersion
 
 BATCH = Batch(Source("events", "id", 0, 0, 0), WindowSpan(0, 1), "scheduled", 1, 1, [], [], [], [], [])
 
@@ -26,3 +27,36 @@ def test_batch_whose_source_postgres_cant_store_is_no_batch(field, value):
     raw["source"][field] = value
     with pytest.raises(DecodeError):
         decode_batch(json.dumps(raw).encode())
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"version": 2},
+        {"version": 10**30, "agent_ids": 7},
+        {**json.loads(encode_batch(BATCH)), "version": 2},
+        {**json.loads(encode_batch(BATCH)), "version": 2, "keys": ["of another length"]},
+        {**json.loads(encode_batch(BATCH)), "version": 2, "source": {"offset_of_another_kind": []}},
+    ],
+)
+def test_batch_of_a_newer_version_is_told_from_a_bad_record_whatever_it_holds(raw):
+    with pytest.raises(NewerVersion, match=f"version {raw['version']}, .* reads version 1: upgrade the sinks first"):
+        decode_batch(json.dumps(raw).encode())
+
+
+@pytest.mark.parametrize("version", [0, -1, "2", 2.5, None, True, [2]])
+def test_version_that_never_was_is_a_bad_record(version):
+    for raw in ({"version": version}, {**json.loads(encode_batch(BATCH)), "version": version}):
+        with pytest.raises(DecodeError):
+            decode_batch(json.dumps(raw).encode())
+
+
+def test_older_version_stays_readable(monkeypatch):
+    monkeypatch.setattr(batch_module, "BATCH_VERSION", 2)
+    assert decode_batch(encode_batch(BATCH)).version == 1
+
+
+@pytest.mark.parametrize(("reason", "label"), [("scheduled", "scheduled"), ("bored", "other"), ("", "other")])
+def test_reason_of_a_newer_worker_is_read_and_labelled_other(reason, label):
+    batch = decode_batch(json.dumps({**json.loads(encode_batch(BATCH)), "reason": reason}).encode())
+    assert (batch.reason, batch.reason_label) == (reason, label)

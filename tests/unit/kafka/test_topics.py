@@ -156,8 +156,9 @@ def test_batch_schema_takes_what_the_worker_encodes():
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
-        {"reason": "bored"},
+        {"version": 0},
+        {"version": "2"},
+        {"reason": 7},
         {"source": {"topic": "events", "partition": 3, "first": 5, "last": 9}},
         {"source": {"topic": "events", "topic_id": "id", "partition": -1, "first": 5, "last": 9}},
         {"window": {"start_us": 0}},
@@ -178,4 +179,4 @@ def test_batch_schema_has_the_fields_and_reasons_of_the_code():
     assert set(batch["required"]) == set(batch["properties"]) == set(Batch.__struct_fields__)
     assert set(batch["properties"]["source"]["required"]) == set(Source.__struct_fields__)
     assert set(batch["properties"]["window"]["required"]) == set(WindowSpan.__struct_fields__)
-    assert set(batch["properties"]["reason"]["enum"]) == set(get_args(Reason))
+    assert set(batch["properties"]["reason"]["examples"]) == set(get_args(Reason))

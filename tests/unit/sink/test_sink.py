@@ -8,9 +8,11 @@ from prometheus_client import CollectorRegistry
 
 from pipeline.core.batch import Batch, Source, WindowSpan, encode_batch
 from pipeline.errors import ConfigError, FlushFailed, ProgressGap, ServiceUnavailable, TopicMismatch
+from pipeline.monitoring.lag import Position
 from pipeline.monitoring.metrics import SinkMetrics
 from pipeline.postgres.store import Applied
 from pipeline.sink import Sink
+from tests.support.deployment import eventually
 
 
 class Record(NamedTuple):
@@ -157,3 +159,84 @@ async def test_failed_flushes_and_their_payloads_are_counted():
     topic.sink.lose([0])
     assert registry.get_sample_value("agent_metadata_failed_flushes_total") == 2
     assert registry.get_sample_value("agent_metadata_publish_errors_total") == 3
+
+
+class RawRecord(NamedTuple):
+    at: int
+    raw: bytes
+
+    def offset(self):
+        return self.at
+
+    def value(self):
+        return self.raw
+
+    def timestamp(self):
+        return (1, 1_704_067_200_000)
+
+
+class Partitions(Topic):
+    """A batches topic of two partitions; notes what is applied of each."""
+
+    def __init__(self, registry):
+        super().__init__()
+        self.reached = {0: [], 1: []}
+        self.sink = Sink(
+            consumer=self, topic=self, dead_letters=None, metrics=SinkMetrics(registry), on_failure=pytest.fail
+        )
+
+    def receive(self, partition, *records):
+        self.buffered += sum(len(record.value()) for record in records)
+        self.sink.take(partition, records)
+
+    def positions(self):
+        return {0: Position(9, 9), 1: Position(9, 9)}
+
+    async def ends(self):
+        return {0: 5, 1: 2}
+
+    async def apply(self, partition, received, reject, *, earliest):
+        self.reached[partition] += [record.offset for record in received]
+        return Applied()
+
+
+async def test_partition_is_held_at_a_newer_batch_and_others_go_on():
+    registry = CollectorRegistry()
+    topic = Partitions(registry)
+    newer = RawRecord(2, b'{"version": 2}')
+    topic.receive(0, Record(0), Record(1), newer, Record(3))
+    await eventually("it is held", lambda: topic.sink.why_upgrade)
+    topic.receive(0, Record(4))
+    topic.receive(1, Record(0), Record(1))
+    await eventually("the other goes on", lambda: topic.reached[1] == [0, 1])
+    assert topic.reached[0] == [0, 1]
+    assert topic.sink.why_upgrade.startswith("partitions [0] wait at a batch of version 2, ")
+    assert registry.get_sample_value("agent_metadata_held_partitions") == 1
+    assert not topic.sink.is_holding  # that would be an outage of Postgres
+    assert topic.buffered == len(newer.raw)  # so what waits behind it does not fill the sink
+    assert topic.sink.positions()[0] == Position(2, 9, 1_704_067_200)  # the lag shows, and reading goes on
+    assert await asyncio.wait_for(topic.sink.drain(60), 5) is False
+    topic.sink.lose([0, 1])
+    assert topic.sink.why_upgrade is None
+    assert (topic.buffered, registry.get_sample_value("agent_metadata_held_partitions")) == (0, 0)
+
+
+async def test_drain_of_other_partitions_is_waited_for_beside_a_held_one():
+    topic = Partitions(CollectorRegistry())
+    is_open = asyncio.Event()
+    apply = topic.apply
+
+    async def apply_later(*arguments, **options):
+        await is_open.wait()
+        return await apply(*arguments, **options)
+
+    topic.apply = apply_later
+    topic.receive(0, RawRecord(0, b'{"version": 2}'))
+    topic.receive(1, Record(0), Record(1))
+    await eventually("it is held", lambda: topic.sink.why_upgrade)
+    draining = asyncio.create_task(topic.sink.drain(60))
+    await asyncio.sleep(0)
+    is_open.set()
+    assert await asyncio.wait_for(draining, 5) is False
+    assert topic.reached == {0: [], 1: [0, 1]}
+    topic.sink.lose([0, 1])
