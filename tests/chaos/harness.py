@@ -23,6 +23,8 @@ from tests.chaos.load import Load, LoadShape
 from tests.chaos.member import Member
 from tests.chaos.verdict import Verdict, judge
 from tests.support.deployment import Deployment, eventually
+from tests.support.previous_version import MODULE as PREVIOUS_VERSION
+from tests.support.previous_version import previous_version
 
 AUDIT = Path(__file__).with_name("audit.sql")
 APPLICATION_NAME = "chaos"  # of the harness's own connections; sinks have another, listeners none
@@ -43,6 +45,7 @@ class Scenario:
     `prepare`: around everything, the database included; yields options for `create database`.
     `dead_letters`: how many records the dead-letter topic must hold in the end; at least as many if
     `dead_letters_repeat`, since a record whose process is killed before the commit is dead-lettered again.
+    `module`: what its workers and sinks are run as, until a step upgrades them; None is today's version.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Scenario:
     dead_letters: int = 0
     dead_letters_repeat: bool = False
     needs: Callable[[], str | None] | None = None  # why it can't run here
+    module: Sequence[str] | None = None
     is_selected: bool = False  # for `make test`, which has five minutes for all of them
 
 
@@ -99,6 +103,8 @@ class Run:
         Raises: AssertionError, if something does not end in time, with the end of each log.
         """
         started = time.monotonic()
+        if self.scenario.module == PREVIOUS_VERSION:
+            previous_version()  # or nobody would see why its processes don't start
         async with self._cleanup:
             options = ""
             if self.scenario.prepare:
@@ -141,7 +147,7 @@ class Run:
     async def _perform(self) -> None:
         for role, count in (("sink", self.scenario.sinks), ("worker", self.scenario.workers)):
             for _ in range(count):
-                self.join(role)
+                self.join(role, module=self.scenario.module)
         self.join("watch", "--json")
         for member in self.active("worker") + self.active("sink"):
             await eventually(f"{member.role} owns partitions", member.is_ready, START_SECONDS)
@@ -154,15 +160,15 @@ class Run:
         await asyncio.sleep(max(AFTERWARDS_SECONDS, begin + self.scenario.seconds * stretch - time.monotonic()))
         await asyncio.to_thread(self.load.pause)
 
-    def start(self, *arguments: str) -> Any:
-        """Start a command of the pipeline."""
-        process = self.deployment.start(*arguments, module=self._module)
+    def start(self, *arguments: str, module: Sequence[str] | None = None) -> Any:
+        """Start a command of the pipeline, by default of today's version."""
+        process = self.deployment.start(*arguments, module=module or self._module)
         self.processes.append(process)
         return process
 
-    def join(self, role: str, *arguments: str) -> None:
-        """Start one more of a role."""
-        self.members.append(Member(self, role, *arguments))
+    def join(self, role: str, *arguments: str, module: Sequence[str] | None = None) -> None:
+        """Start one more of a role, by default of today's version."""
+        self.members.append(Member(self, role, *arguments, module=module))
 
     def active(self, role: str) -> list[Member]:
         """Return the members of a role that have not left, the oldest first."""

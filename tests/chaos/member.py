@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,15 @@ class Member:
     `ends` has a line for each process that ended without being asked to, or with an error.
     """
 
-    def __init__(self, run: Run, role: str, *arguments: str) -> None:
+    def __init__(self, run: Run, role: str, *arguments: str, module: Sequence[str] | None = None) -> None:
         self.role = role
         self.ends: list[str] = []
         self.has_left = False
         self._run = run
         self._arguments = (role, *arguments)
+        self._module = module  # see Run.start
         self._expected_ends: set[int] = set()  # process ids
-        self.process: Any = run.start(*self._arguments)
+        self.process: Any = run.start(*self._arguments, module=self._module)
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def _supervise(self) -> None:
@@ -43,7 +45,7 @@ class Member:
                 self.ends.append(f"{self.role} ended with {code}: {last_line[-300:]}")
             await asyncio.sleep(_RESTART_SECONDS)
             if not self.has_left:
-                self.process = self._run.start(*self._arguments)
+                self.process = self._run.start(*self._arguments, module=self._module)
 
     def kill(self) -> None:
         self._expected_ends.add(self.process.pid)
@@ -67,6 +69,11 @@ class Member:
         if process.returncode != 0:
             self.ends.append(f"{self.role} ended with {process.returncode} after SIGTERM")
         await eventually(f"{self.role} is started again", lambda: self.process is not process)
+
+    async def upgrade(self, module: Sequence[str] | None) -> None:
+        """As `restart`; its successor, and all after that, are run as this module, None being today's version."""
+        self._module = module
+        await self.restart()
 
     async def leave(self) -> None:
         """Ask it to end for good."""

@@ -6,6 +6,7 @@ from tests.chaos.faults import all_of, during, kafka, postgres, processes, repor
 from tests.chaos.faults.reports import at_rest
 from tests.chaos.harness import Scenario
 from tests.chaos.load import LoadShape
+from tests.support import next_version, previous_version
 
 _WORKERS_AND_SINKS = [
     Scenario("nothing_happens", steps=(), seconds=4, is_selected=True),
@@ -80,6 +81,36 @@ _WORKERS_AND_SINKS = [
         "sinks_join_and_leave",
         steps=[(at, processes.join("sink") if at % 6 == 0 else processes.leave("sink")) for at in range(0, 16, 3)],
         seconds=16,
+    ),
+]
+
+_UPGRADES = [
+    Scenario(
+        "rolling_upgrade_sink_first",  # as docs/upgrading.md says
+        steps=[(2, processes.upgrade_each("sink")), (6, processes.upgrade_each("worker"))],
+        workers=2,
+        sinks=2,
+        seconds=12,
+        module=previous_version.MODULE,
+        is_selected=True,
+    ),
+    Scenario(
+        "rolling_upgrade_worker_first",
+        steps=[(2, processes.upgrade_each("worker")), (6, processes.upgrade_each("sink"))],
+        workers=2,
+        sinks=2,
+        seconds=12,
+        module=previous_version.MODULE,
+    ),
+    Scenario(
+        "newer_batches_before_newer_sinks",  # the sinks hold the partitions back until they are upgraded
+        steps=[
+            (2, processes.upgrade_each("worker", next_version.MODULE)),
+            (8, processes.upgrade_each("sink", next_version.MODULE)),
+        ],
+        workers=2,
+        sinks=2,
+        seconds=12,
     ),
 ]
 
@@ -188,4 +219,4 @@ _BAD_RECORDS = [
     ),
 ]
 
-SCENARIOS = [*_WORKERS_AND_SINKS, *_KAFKA, *_POSTGRES, *_BAD_RECORDS]
+SCENARIOS = [*_WORKERS_AND_SINKS, *_UPGRADES, *_KAFKA, *_POSTGRES, *_BAD_RECORDS]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -46,6 +46,17 @@ def restart_each(role: str) -> Action:
     async def act(run: Run) -> None:
         for member in run.active(role):
             await member.restart()
+            await eventually(f"{role} owns partitions again", member.is_ready, START_SECONDS)
+
+    return act
+
+
+def upgrade_each(role: str, module: Sequence[str] | None = None) -> Action:
+    """Replace all of a role, one after the other, by today's version, or by what is run as `module`."""
+
+    async def act(run: Run) -> None:
+        for member in run.active(role):
+            await member.upgrade(module)
             await eventually(f"{role} owns partitions again", member.is_ready, START_SECONDS)
 
     return act

@@ -14,11 +14,10 @@ from pipeline.kafka.topics import require_topics
 from pipeline.local.process import free_port
 from tests.support.batches import a_batch, produce_batches
 from tests.support.deployment import ask, consume_all, eventually
-from tests.support.next_version import NEXT_VERSION
+from tests.support.next_version import MODULE, NEXT_VERSION
 
 pytestmark = pytest.mark.services
 
-NEXT = ("tests.support.next_version",)
 STUCK_SECONDS = 15  # the least that the setting takes
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 AGENT = str(uuid.UUID(int=1))
@@ -74,7 +73,7 @@ async def test_partition_waits_at_a_newer_batch_and_newer_sinks_apply_all_in_ord
     assert await pipeline.table() == rows(k="1", other=str(first - 2))
 
     pipeline.environment["AGENT_METADATA_METRICS_PORT"] = str(free_port())
-    upgraded = pipeline.start("sink", module=NEXT)  # beside the old one, as in a rolling upgrade
+    upgraded = pipeline.start("sink", module=MODULE)  # beside the old one, as in a rolling upgrade
     await eventually("it is in the group", lambda: pipeline.logged(upgraded, "partitions_assigned"))
     stopping = time.monotonic()
     assert pipeline.stop(sink) == 0

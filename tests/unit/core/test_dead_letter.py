@@ -72,7 +72,9 @@ def test_restored_row_that_postgres_refused_is_the_row():
     assert restored == Report(AGENT, [Entry("cpu", "1", "", APPENDED)])
 
 
-@pytest.mark.parametrize("value", [b"{", None, report(**{"k" * 128: "v"}), b'{"agent_id":"seven","entries":[]}'])
+@pytest.mark.parametrize(
+    "value", [b"{", None, b'{"version":2}', report(**{"k" * 128: "v"}), b'{"agent_id":"seven","entries":[]}']
+)
 @pytest.mark.parametrize("stage", ["worker", "sink"])
 def test_what_would_be_refused_again_says_why(value, stage):
     with pytest.raises(DecodeError):
