@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from datetime import datetime
-from typing import Final, NamedTuple
+from itertools import islice, takewhile
+from typing import Final, NamedTuple, TypeVar
 
 import asyncpg
 import structlog
@@ -20,7 +21,7 @@ from pipeline.errors import DecodeError, ServiceUnavailable
 from pipeline.monitoring.metrics import ListenerMetrics
 from pipeline.postgres.connections import Connection, connect
 from pipeline.postgres.errors import CONNECTION_ERRORS
-from pipeline.postgres.store import read_rows
+from pipeline.postgres.rows import TableRow, read_all_rows, read_rows
 
 _FIRST_BACKOFF_SECONDS: Final = 0.1
 _LONGEST_BACKOFF_SECONDS: Final = 5.0
@@ -28,6 +29,13 @@ _LONGEST_BACKOFF_SECONDS: Final = 5.0
 _KEEPALIVE_SECONDS: Final = 15.0
 # Without our own limit the kernel would retransmit for a quarter of an hour before it reports an error.
 _ANSWER_SECONDS: Final = 30.0
+# Agents whose rows are read by one statement; they take about 10 ms.
+_AGENTS_PER_READ: Final = 1000
+# Notified agents that wait to be read. Beyond these, at about 150 bytes each, it is simpler to read all rows again.
+_MOST_NOTIFIED: Final = 100_000
+_NOT_NOTIFIED: Final[Mapping[uuid.UUID, float]] = {}
+
+T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
@@ -51,7 +59,8 @@ class MetadataListener:
     """Yields rows as they change, of some agents or of all.
 
     Guarantee: no final value is missed. Subscription comes before the snapshot, and after a cut everything watched
-    is read again; a row is not yielded twice with the same contents.
+    is read again; a row is not yielded twice with the same contents. Without deduplication it may be, but then memory
+    does not grow with the number of pairs.
     """
 
     def __init__(
@@ -61,19 +70,22 @@ class MetadataListener:
         *,
         registry: CollectorRegistry | None = None,
         url_setting: str = "DATABASE_URL",
+        deduplicate: bool = True,
     ) -> None:
         """Make a listener of some agents, or of all (None); it connects when `changes` is iterated.
 
         The URL must point to Postgres, or to a pooler in session mode: in transaction mode LISTEN receives nothing.
-        `registry` takes its metrics; `url_setting` is what errors name instead of the URL.
+        `registry` takes its metrics; `url_setting` is what errors name instead of the URL. `deduplicate=False` is for
+        a caller that holds the rows itself.
         """
         self._metrics = ListenerMetrics(registry or CollectorRegistry())
         self.freshness = self._metrics.freshness
         self._database_url = database_url
         self._url_setting = url_setting
         self._agent_ids = None if agent_ids is None else frozenset(agent_ids)
-        self._yielded: dict[tuple[uuid.UUID, str], tuple[str, str, datetime]] = {}
+        self._yielded: dict[tuple[uuid.UUID, str], tuple[str, str, datetime]] | None = {} if deduplicate else None
         self._notified_at: dict[uuid.UUID, float] = {}  # of agents whose rows are to be read
+        self._is_behind = False  # too many: all rows are to be read
         self._wake = asyncio.Event()
         self._is_cut = False
         self.is_following = False
@@ -109,7 +121,7 @@ class MetadataListener:
 
     async def _subscribe(self) -> asyncpg.Connection:
         connection = await connect(self._database_url, self._url_setting)
-        self._is_cut = False
+        self._is_cut = self._is_behind = False
         self._notified_at.clear()
         connection.add_termination_listener(self._on_cut)
         try:
@@ -121,7 +133,7 @@ class MetadataListener:
         return connection
 
     async def _follow(self, connection: asyncpg.Connection) -> AsyncIterator[Change]:
-        for change in await self._read(connection, self._agent_ids, {}):
+        async for change in self._read_all(connection):
             yield change
         self.is_following = True
         while True:
@@ -130,35 +142,53 @@ class MetadataListener:
                 async with asyncio.timeout(_KEEPALIVE_SECONDS):
                     await self._wake.wait()
             except TimeoutError:
-                await self._read(connection, [], {})
+                await _answered(read_rows(connection, []))
             if self._is_cut:
                 raise ServiceUnavailable("the connection was closed")
             self._wake.clear()
-            notified_at, self._notified_at = self._notified_at, {}
-            if notified_at:
-                for change in await self._read(connection, list(notified_at), notified_at):
+            if self._is_behind:
+                self._is_behind = False
+                async for change in self._read_all(connection):
+                    yield change
+            while notified_at := dict(islice(self._notified_at.items(), _AGENTS_PER_READ)):
+                for agent_id in notified_at:
+                    del self._notified_at[agent_id]
+                for change in self._changed(await _answered(read_rows(connection, list(notified_at))), notified_at):
                     yield change
 
-    async def _read(
-        self, connection: asyncpg.Connection, agent_ids: Iterable[uuid.UUID] | None, notified_at: dict[uuid.UUID, float]
+    async def _read_all(self, connection: asyncpg.Connection) -> AsyncIterator[Change]:
+        """Read everything watched, in parts."""
+        if self._agent_ids is None:
+            parts = read_all_rows(connection)
+            while (rows := await _answered(anext(parts, None))) is not None:
+                for change in self._changed(rows):
+                    yield change
+            return
+        agent_ids = iter(self._agent_ids)
+        while some := list(islice(agent_ids, _AGENTS_PER_READ)):
+            for change in self._changed(await _answered(read_rows(connection, some))):
+                yield change
+
+    def _changed(
+        self, rows: Iterable[TableRow], notified_at: Mapping[uuid.UUID, float] = _NOT_NOTIFIED
     ) -> list[Change]:
-        try:
-            async with asyncio.timeout(_ANSWER_SECONDS):
-                rows = await read_rows(connection, None if agent_ids is None else list(agent_ids))
-        except TimeoutError:
-            raise ServiceUnavailable(f"Postgres did not answer for {_ANSWER_SECONDS:.0f} s") from None
+        """Return what is to be yielded of these rows."""
         changes = []
         for row in rows:
             pair, contents = row[:2], row[2:]
-            if self._yielded.get(pair) != contents:
+            if self._yielded is not None:
+                if self._yielded.get(pair) == contents:
+                    continue
                 self._yielded[pair] = contents
-                changes.append(Change(*row, notified_at.get(row.agent_id)))
+            changes.append(Change(*row, notified_at.get(row.agent_id)))
         self._observe(changes)
         return changes
 
     def _observe(self, changes: list[Change]) -> None:
+        """Sample the newest row of the last agent: without deduplication, rows that did not change are among them."""
         if changes and (notified_at := changes[-1].notified_at) is not None:
-            collected_at = timestamp_us(changes[-1].collected_at) / 1e6
+            of_last = takewhile(lambda change: change.agent_id == changes[-1].agent_id, reversed(changes))
+            collected_at = timestamp_us(max(change.collected_at for change in of_last)) / 1e6
             self._metrics.freshness.observe("notified", collected_at=collected_at, at=notified_at)
 
     def _on_notify(self, _connection: Connection, _pid: int, _channel: str, payload: object) -> None:
@@ -173,8 +203,24 @@ class MetadataListener:
         for agent_id in agent_ids:
             if self._agent_ids is None or agent_id in self._agent_ids:
                 self._notified_at[agent_id] = now
+        if len(self._notified_at) > _MOST_NOTIFIED:
+            self._notified_at.clear()
+            self._is_behind = True
         self._wake.set()
 
     def _on_cut(self, _connection: Connection) -> None:
         self._is_cut = True
         self._wake.set()
+
+
+async def _answered(read: Awaitable[T]) -> T:
+    """Wait for Postgres's answer.
+
+    Raises:
+        ServiceUnavailable: it gave none for 30 s.
+    """
+    try:
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            return await read
+    except TimeoutError:
+        raise ServiceUnavailable(f"Postgres did not answer for {_ANSWER_SECONDS:.0f} s") from None

@@ -127,6 +127,9 @@ class Settings(KafkaSecurity):
     serve_port: int = Field(
         default=8080, ge=0, le=65_535, description="port of the API and the live page; 0 = any free one"
     )
+    serve_max_pairs: int = Field(
+        default=1_000_000, ge=1, le=100_000_000, description="pairs that `serve` holds; further ones are left out"
+    )
     serve_token: SecretStr | None = Field(
         default=None, description="bearer token that the API requires; unset or empty: none"
     )

@@ -1,10 +1,14 @@
--- Purpose: read the metadata of every agent, for a listener that watches all.
+-- Purpose: read the metadata of every agent in parts, for a listener that watches all.
+-- $1 uuid, $2 text the first pair of the part; $3 bigint the most rows.
 -- Times are clamped to the years 1 to 9999: another program may have written infinity, or a time beyond them, which no
 -- client of ours could represent.
 -- Locks: none.
+-- Plan: a range of the primary key; without a limit on the range it would sort the whole table.
 select
     workspace_agent_id, key, value, error,
     least(greatest(collected_at, timestamptz '0001-01-01 00:00:00+00'), timestamptz '9999-12-31 23:59:59.999999+00')
         as collected_at
 from workspace_agent_metadata
-order by workspace_agent_id, display_order, key
+where (workspace_agent_id, key) >= ($1::uuid, $2::text)
+order by workspace_agent_id, key
+limit $3::bigint

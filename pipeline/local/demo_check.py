@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.local.deployment import ask
 from pipeline.postgres.connections import Connection
-from pipeline.postgres.store import read_rows
+from pipeline.postgres.rows import read_all_rows
 
 Pair = tuple[str, str]
 """(agent id, key)."""
@@ -92,6 +92,6 @@ class Changes:
 
 async def count_mismatched(connection: Connection, expected: Mapping[Pair, Content]) -> int:
     """Count the rows of the table that are missing, wrong or unexpected."""
-    rows = {(str(row[0]), row[1]): tuple(row)[2:] for row in await read_rows(connection, None)}
+    rows = {(str(row[0]), row[1]): tuple(row)[2:] async for part in read_all_rows(connection) for row in part}
     wrong = sum(rows.get(pair) != content for pair, content in expected.items())
     return wrong + sum(pair not in expected for pair in rows)

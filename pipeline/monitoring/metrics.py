@@ -154,6 +154,9 @@ class SinkMetrics(Metrics):
             "agent_metadata_skipped_batches", "Batches whose source range had been applied before.", registry=registry
         )
         self.rows_written = Counter("agent_metadata_rows_written", "Rows that changed.", registry=registry)
+        self.rows_inserted = Counter(
+            "agent_metadata_rows_inserted", "Of these, rows of pairs that had none before.", registry=registry
+        )
         self.notify_payloads = Counter("agent_metadata_notify_payloads", "NOTIFY payloads sent.", registry=registry)
         self.rows_unchanged = Counter(
             "agent_metadata_rows_unchanged",
@@ -197,11 +200,15 @@ class ServeMetrics:
         self._stale_pairs = Gauge(
             "agent_metadata_stale_pairs", "Served pairs older than three of their usual intervals.", registry=registry
         )
+        self._left_out_pairs = Gauge(
+            "agent_metadata_left_out_pairs", "Pairs beyond AGENT_METADATA_SERVE_MAX_PAIRS, to 1 %.", registry=registry
+        )
 
-    def show_pairs(self, pairs: int, stale: int) -> None:
+    def show_pairs(self, pairs: int, stale: int, left_out: int) -> None:
         """Set the gauges."""
         self._pairs.set(pairs)
         self._stale_pairs.set(stale)
+        self._left_out_pairs.set(left_out)
 
 
 class ListenerMetrics:

@@ -6,9 +6,8 @@ import asyncio
 import itertools
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Final, Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Final, Literal, TypeAlias
 
 import asyncpg
 
@@ -35,24 +34,16 @@ Reject: TypeAlias = Callable[[Row, RowRejected], Awaitable[Awaitable[None]]]
 _Write: TypeAlias = Callable[[Connection, Columns], Awaitable["Written"]]
 
 
-class TableRow(NamedTuple):
-    """A pair as listeners see it."""
-
-    agent_id: uuid.UUID
-    key: str
-    value: str
-    error: str
-    collected_at: datetime
-
-
 @dataclass(frozen=True)
 class Written:
     """What statements changed; `stale` pairs have a newer row, `undeclared` ones have no row and are not given one.
 
-    `dead_letters` are done when Kafka has the rows that Postgres refused.
+    `inserted` of the rows are of pairs that had none, as far as `apply` wrote them. `dead_letters` are done when Kafka
+    has the rows that Postgres refused.
     """
 
     rows: int = 0
+    inserted: int = 0
     agent_ids: frozenset[uuid.UUID] = frozenset()
     stale: int = 0
     undeclared: int = 0
@@ -231,20 +222,11 @@ class Store:
         updated = _parse_counts(await fetch_one(connection, statement("update_rows"), *rows))
         if not self._is_inserting or updated.rows == len(rows.keys):
             return updated
-        return _total([updated, _parse_counts(await fetch_one(connection, statement("insert_rows"), *rows))])
+        inserted = _parse_counts(await fetch_one(connection, statement("insert_rows"), *rows))
+        return _total([updated, replace(inserted, inserted=inserted.rows)])
 
     async def _write_older(self, connection: Connection, rows: Columns) -> Written:
         return _parse_counts(await fetch_one(connection, statement("replay_rows"), *rows, self._is_inserting))
-
-
-async def read_rows(connection: Connection, agent_ids: Sequence[uuid.UUID] | None) -> list[TableRow]:
-    """Read the rows of some agents, or of all (None), ordered by agent, display order and key."""
-    async with translated_errors("reading metadata"):
-        if agent_ids is None:
-            rows = await connection.fetch(statement("read_all_rows"))
-        else:
-            rows = await connection.fetch(statement("read_rows"), list(agent_ids))
-    return [TableRow(*row) for row in rows]
 
 
 async def _begin_write(connection: Connection) -> None:
@@ -288,6 +270,7 @@ def _total(results: Iterable[Written]) -> Written:
     results = list(results)
     return Written(
         rows=sum(written.rows for written in results),
+        inserted=sum(written.inserted for written in results),
         agent_ids=frozenset().union(*(written.agent_ids for written in results)),
         stale=sum(written.stale for written in results),
         undeclared=sum(written.undeclared for written in results),

@@ -18,7 +18,7 @@ from pipeline.listener import MetadataListener
 from pipeline.postgres.connections import CONNECT_TIMEOUT_SECONDS, connected, open_pool, require_sessions
 from pipeline.postgres.errors import translated_errors
 from pipeline.postgres.migrations import require_schema
-from pipeline.postgres.store import TableRow, read_rows
+from pipeline.postgres.rows import TableRow, read_rows
 from pipeline.roles.process import on_stop_signals
 from pipeline.serve.live import LiveTable
 from pipeline.settings import Settings
@@ -48,9 +48,9 @@ async def run_serve(settings: Settings) -> None:
         await require_schema(connection)
     listener_url, url_setting = settings.listener_url()
     await require_sessions(listener_url, url_setting)
-    table = LiveTable()
+    table = LiveTable(settings.serve_max_pairs)
     registry = CollectorRegistry()
-    listener = MetadataListener(listener_url, registry=registry, url_setting=url_setting)
+    listener = MetadataListener(listener_url, registry=registry, url_setting=url_setting, deduplicate=False)
     pool = await open_pool(
         database_url,
         application_name="agent-metadata-serve",
@@ -86,8 +86,17 @@ async def run_serve(settings: Settings) -> None:
 
 
 async def _follow(listener: MetadataListener, table: LiveTable) -> None:
+    is_said = False
     async for change in listener.changes():
         table.change(*change)
+        if table.left_out_pairs and not is_said:
+            is_said = True
+            _log.warning(
+                "pairs_left_out",
+                agent=str(change.agent_id),
+                advice="the page and the streams show no further pairs: find out who makes so many, "
+                "or raise AGENT_METADATA_SERVE_MAX_PAIRS, as memory allows",
+            )
 
 
 async def _read(pool: asyncpg.Pool, agent_ids: Sequence[UUID]) -> Sequence[TableRow]:

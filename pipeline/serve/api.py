@@ -180,7 +180,7 @@ class LiveServer:
 
     async def _get_metrics(self) -> Response:
         """Return Prometheus metrics."""
-        self._metrics.show_pairs(*self._table.count(time.time()))
+        self._metrics.show_pairs(*self._table.count(time.time()), self._table.left_out_pairs)
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
 

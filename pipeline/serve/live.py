@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from datetime import datetime
 from typing import Final
 from uuid import UUID
@@ -17,6 +18,8 @@ _MIN_STALE_SECONDS: Final = 5.0
 _UNKNOWN_STALE_SECONDS: Final = 180.0
 # The weight of the latest interval in the usual one, which thus follows about the last five.
 _WEIGHT: Final = 0.3
+# Bits of a DistinctCount: 1 MiB, enough for 50 million things.
+_COUNT_BITS: Final = 1 << 23
 
 
 class LiveRow:
@@ -74,11 +77,43 @@ class Watcher:
         self.seen = 0
 
 
-class LiveTable:
-    """All rows and their watchers; a change finds its agent's watchers in one look-up."""
+class DistinctCount:
+    """Counts different things in constant memory; exact for a few, and to about 1 % for millions.
+
+    Source: linear counting (Whang and others, 1990): each thing sets the bit of its hash, and how many bits are still
+    unset says how many things there were.
+    """
 
     def __init__(self) -> None:
+        self._bits = bytearray()
+        self._unset = _COUNT_BITS
+
+    def add(self, thing: Hashable) -> None:
+        """Count a thing, unless it was counted before."""
+        if not self._bits:
+            self._bits = bytearray(_COUNT_BITS // 8)
+        place, bit = divmod(hash(thing) % _COUNT_BITS, 8)
+        if not self._bits[place] >> bit & 1:
+            self._bits[place] |= 1 << bit
+            self._unset = max(1, self._unset - 1)
+
+    @property
+    def count(self) -> int:
+        """How many different things were added."""
+        return round(-_COUNT_BITS * math.log(self._unset / _COUNT_BITS))
+
+
+class LiveTable:
+    """The rows and their watchers; a change finds its agent's watchers in one look-up.
+
+    Guarantee: it holds `max_pairs` rows at most, the first that it was given. Those are kept up to date; the others are
+    counted and left out.
+    """
+
+    def __init__(self, max_pairs: int) -> None:
         self.version = 0
+        self._max_pairs = max_pairs
+        self._left_out = DistinctCount()
         self._agents: dict[UUID, dict[str, LiveRow]] = {}
         self._by_version: OrderedDict[LiveRow, None] = OrderedDict()
         self._watchers: dict[UUID | None, set[Watcher]] = {}
@@ -86,12 +121,20 @@ class LiveTable:
     def change(
         self, agent_id: UUID, key: str, value: str, error: str, collected_at: datetime, notified_at: float | None
     ) -> None:
-        """Set a row; `notified_at` is in seconds since the Unix epoch, None for a row read without a notification."""
-        rows = self._agents.setdefault(agent_id, {})
-        row = rows.get(key)
+        """Set a row; `notified_at` is in seconds since the Unix epoch, None for a row read without a notification.
+
+        Contents that the row has already are no change.
+        """
+        row = self.row(agent_id, key)
         if row is None:
-            row = rows[key] = LiveRow(agent_id, key, collected_at)
+            if len(self._by_version) >= self._max_pairs:
+                self._left_out.add((agent_id, key))
+                return
+            row = LiveRow(agent_id, key, collected_at)
+            self._agents.setdefault(agent_id, {})[key] = row
             self._by_version[row] = None
+        elif (row.value, row.error, row.collected_at) == (value, error, collected_at):
+            return
         else:
             row.learn_interval(collected_at)
             self._by_version.move_to_end(row)
@@ -101,6 +144,11 @@ class LiveTable:
         for watchers in (self._watchers.get(agent_id, ()), self._watchers.get(None, ())):
             for watcher in watchers:
                 watcher.changed.set()
+
+    @property
+    def left_out_pairs(self) -> int:
+        """How many pairs are left out; to about 1 %."""
+        return self._left_out.count
 
     def row(self, agent_id: UUID, key: str) -> LiveRow | None:
         """Return a row, or None."""

@@ -46,28 +46,39 @@ class AgentMetadata:
 
 
 @dataclass(slots=True)
+class WatchedAgent(AgentMetadata):
+    """One agent in an event."""
+
+    left_out_pairs: int
+    """How many pairs, of any agents, events leave out because AGENT_METADATA_SERVE_MAX_PAIRS are held; to 1 %."""
+
+
+@dataclass(slots=True)
 class ManyAgents:
     """Several agents at one time."""
 
     now: datetime
     agents: list[AgentMetadata]
+    left_out_pairs: int = 0
+    """As of a WatchedAgent; 0 in an answer that was read from Postgres."""
 
 
 Body = AgentMetadata | ManyAgents
-Shape = Callable[[Sequence[LiveRow]], Body]
+# Makes the body of an event, of rows and the number of pairs that are left out.
+Shape = Callable[[Sequence[LiveRow], int], Body]
 
 
-def one_agent(agent_id: UUID, rows: Iterable[LiveRow]) -> AgentMetadata:
+def one_agent(agent_id: UUID, rows: Iterable[LiveRow], left_out_pairs: int) -> WatchedAgent:
     """Show rows of one agent."""
-    return AgentMetadata(agent_id, list(_rows_now(rows)))
+    return WatchedAgent(agent_id, list(_rows_now(rows)), left_out_pairs)
 
 
-def many_agents(rows: Sequence[LiveRow]) -> ManyAgents:
+def many_agents(rows: Sequence[LiveRow], left_out_pairs: int) -> ManyAgents:
     """Show rows, grouped by agent."""
     agents: dict[UUID, AgentMetadata] = {}
     for row, metadata in zip(rows, _rows_now(rows), strict=True):
         agents.setdefault(row.agent_id, AgentMetadata(row.agent_id, [])).metadata.append(metadata)
-    return ManyAgents(datetime.now(UTC), list(agents.values()))
+    return ManyAgents(datetime.now(UTC), list(agents.values()), left_out_pairs)
 
 
 def _rows_now(rows: Iterable[LiveRow]) -> Iterator[MetadataRow]:
@@ -125,7 +136,7 @@ class EventStreams:
                         self._freshness.observe("sent", collected_at=rows[0].collected_at.timestamp(), at=time.time())
                     sending_at = loop.time()
                     try:
-                        yield _event(name, event_id, shape(rows))
+                        yield _event(name, event_id, shape(rows, self._table.left_out_pairs))
                     finally:
                         send_seconds = loop.time() - sending_at
                     name = b"changes"

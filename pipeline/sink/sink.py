@@ -282,6 +282,7 @@ class Sink:
                 metrics.freshness.observe("committed", collected_at=batch.sampled_time, at=now)
         metrics.skipped_batches.inc(applied.skipped)
         metrics.rows_written.inc(written.rows)
+        metrics.rows_inserted.inc(written.inserted)
         metrics.notify_payloads.inc(applied.payloads)
         metrics.rows_unchanged.inc(applied.pairs - written.rows - written.rejected - written.stale)
         metrics.stale_entries.inc(written.stale)

@@ -70,6 +70,19 @@ async def test_values_errors_and_ages_appear_and_change(page):
         await expect(page.locator("#summary")).to_contain_text("2 agents · 3 pairs · 1 errors")
 
 
+async def test_page_says_how_many_pairs_are_left_out(page):
+    async with serving(max_pairs=2) as server:
+        server.change(A1, "cpu", "12%")
+        server.change(A2, "cpu", "12%")
+        await page.goto(server.url)
+        await expect(page.locator("#summary")).to_have_text("2 agents · 2 pairs · 0 errors · 0 stale")
+        server.change(A3, "cpu", "13%")
+        server.change(A3, "disk", "13%")
+        await expect(page.locator("#summary")).to_contain_text(
+            "2 pairs · 0 errors · 0 stale · about 2 more pairs left out"
+        )
+
+
 async def test_pair_becomes_stale_after_three_of_its_usual_intervals_and_fresh_again(page, monkeypatch):
     monkeypatch.setattr(pipeline.serve.live, "_MIN_STALE_SECONDS", 1.0)
     async with serving() as server:

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 import pipeline.listener
+import pipeline.postgres.rows
 from pipeline.core.notify import NOTIFY_CHANNEL, encode_agent_id
 from pipeline.errors import ConfigError
 from pipeline.listener import MetadataListener
@@ -144,6 +145,53 @@ async def test_changes_begin_with_a_snapshot(connection, database_url):
             (A1, "a", "one", "late", T0 + timedelta(seconds=3), None),
             (A2, "b", "two", "", T0, None),
         ]
+
+
+@pytest.mark.parametrize("rows_per_part", [1, 2, 3, 5, 6, 100])
+async def test_snapshot_in_parts_has_each_row_once(connection, database_url, monkeypatch, rows_per_part):
+    monkeypatch.setattr(pipeline.postgres.rows, "ROWS_PER_PART", rows_per_part)
+    nil, last = uuid.UUID(int=0), uuid.UUID(int=2**128 - 1)
+    pairs = [(nil, ""), (nil, "k"), (A1, "k"), (A2, "a"), (A2, "b"), (last, "z")]
+    for agent_id, key in pairs:
+        await write(connection, agent_id, "v", key=key)
+    async with hearing(MetadataListener(database_url, deduplicate=False)) as heard:
+        assert [(agent_id, key) for agent_id, key, _ in await heard.values(6)] == pairs
+        await change(connection, A3, "new")
+        assert await heard.values(1) == [(A3, "k", "new")]
+
+
+async def test_more_notified_agents_than_are_remembered_are_all_heard(connection, database_url, monkeypatch):
+    monkeypatch.setattr(pipeline.listener, "_MOST_NOTIFIED", 5)
+    agents = [uuid.UUID(int=number) for number in range(20)]
+    async with hearing(MetadataListener(database_url, registry=(registry := CollectorRegistry()))) as heard:
+        async with connection.transaction():  # all at once
+            for agent_id in agents:
+                await change(connection, agent_id, "new")
+        assert await heard.values(20) == [(agent_id, "k", "new") for agent_id in agents]
+        assert registry.get_sample_value("agent_metadata_listener_payloads_total") == 20
+
+
+async def test_agents_are_read_some_at_a_time(connection, database_url, monkeypatch):
+    monkeypatch.setattr(pipeline.listener, "_AGENTS_PER_READ", 2)
+    agents = [uuid.UUID(int=number) for number in range(5)]
+    for agent_id in agents:
+        await write(connection, agent_id, "old")
+    async with hearing(MetadataListener(database_url, agents)) as heard:
+        assert sorted(await heard.values(5)) == [(agent_id, "k", "old") for agent_id in agents]
+        async with connection.transaction():
+            for agent_id in agents:
+                await change(connection, agent_id, "new", at=1)
+        assert sorted(await heard.values(5)) == [(agent_id, "k", "new") for agent_id in agents]
+
+
+async def test_without_deduplication_a_row_is_heard_again_and_its_age_is_the_newest_rows(connection, database_url):
+    registry = CollectorRegistry()
+    await write(connection, A1, "old", key="z")
+    async with hearing(MetadataListener(database_url, deduplicate=False, registry=registry)) as heard:
+        await heard.next()
+        await change(connection, A1, "new", key="a", at=time.time() - T0.timestamp() - 100)
+        assert await heard.values(2) == [(A1, "a", "new"), (A1, "z", "old")]
+    assert 99 < registry.get_sample_value("agent_metadata_freshness_seconds_sum", {"hop": "notified"}) < 200
 
 
 async def test_change_arrives_with_the_time_of_its_notify(connection, database_url):

@@ -16,7 +16,8 @@ from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.publisher import Publisher
 from pipeline.kafka.topics import Incarnation, load_topic_specs, require_topics
 from pipeline.monitoring.metrics import SinkMetrics, WorkerMetrics
-from pipeline.postgres.store import Store, read_rows
+from pipeline.postgres.rows import read_rows
+from pipeline.postgres.store import Store
 from pipeline.sink import BatchConsumer, BatchesTopic, Sink
 from pipeline.testing import ManualClock
 from pipeline.worker import Worker

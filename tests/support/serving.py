@@ -41,8 +41,8 @@ class Event(NamedTuple):
 class Serving:
     """A server whose table the test fills itself."""
 
-    def __init__(self, *, port: int = 0, **options: Any) -> None:
-        self.table = LiveTable()
+    def __init__(self, *, port: int = 0, max_pairs: int = 1_000_000, **options: Any) -> None:
+        self.table = LiveTable(max_pairs)
         self.stored: list[tuple[Any, ...]] = []
         self.reads: list[list[uuid.UUID]] = []
         self.why_not_ready: str | None = None

@@ -57,6 +57,7 @@ WRONG = [
     ("AGENT_METADATA_SERVE_HOST", "", "at least 1 character"),
     ("AGENT_METADATA_SERVE_PORT", "-1", "must be a whole number from 0 to 65535"),
     ("AGENT_METADATA_SERVE_PORT", "65536", "must be a whole number from 0 to 65535"),
+    ("AGENT_METADATA_SERVE_MAX_PAIRS", "0", "must be a whole number from 1 to 100000000"),
     ("AGENT_METADATA_SERVE_CORS_ORIGINS", "*", "origins such as https://example.org"),
     ("AGENT_METADATA_SERVE_CORS_ORIGINS", "https://a.example/path", "origins such as https://example.org"),
     ("AGENT_METADATA_LOG_FORMAT", "xml", "'console' or 'json'"),

@@ -21,6 +21,7 @@ let active = null; // id of the agent with the keyboard focus
 let opened = null; // id of the agent in the details
 let clockAheadMs = 0; // how far the server's clock is ahead of ours
 let pausedAt = null;
+let leftOutPairs = 0; // that the server does not hold, and so does not send
 let lastEventId = "";
 let controller = null;
 let generation = 0; // of the stream: a pause ends the current one
@@ -86,7 +87,8 @@ async function* events(stream) {
 }
 
 function take(event) {
-  const { now, agents: changed } = JSON.parse(event.data);
+  const { now, agents: changed, left_out_pairs } = JSON.parse(event.data);
+  leftOutPairs = left_out_pairs;
   clockAheadMs = Date.parse(now) - Date.now();
   lastEventId = event.id;
   if (event.event === "snapshot") {
@@ -334,7 +336,8 @@ function drawSummary(now) {
   }
   const number = (count) => count.toLocaleString("en");
   const found = query ? `${number(shown.length)} of ` : "";
-  setText(byId("summary"), `${found}${number(agents.size)} agents · ${number(pairs)} pairs · ${number(errors)} errors · ${number(stale)} stale`);
+  const leftOut = leftOutPairs ? ` · about ${number(leftOutPairs)} more pairs left out` : "";
+  setText(byId("summary"), `${found}${number(agents.size)} agents · ${number(pairs)} pairs · ${number(errors)} errors · ${number(stale)} stale${leftOut}`);
   byId("empty").hidden = shown.length > 0;
   setText(byId("empty"), query ? "No agent matches the search." : "No agent has reported yet.");
 }

@@ -59,7 +59,12 @@ async def test_metrics_tell_the_way_of_the_data(deploy):
     folded = {("records_total",): 5, ("entries_total",): 4, ("clamped_clocks_total",): 1}
     refused = {("dead_letters_total", "undecodable"): 1, ("dead_letters_total", "over_limit"): 1}
     await eventually("the worker tells", lambda: samples(worker).items() >= {**folded, **refused}.items())
-    written = {("rows_written_total",): 2, ("stale_entries_total",): 1, ("flushed_total",): 3}
+    written = {
+        ("rows_written_total",): 2,
+        ("rows_inserted_total",): 2,
+        ("stale_entries_total",): 1,
+        ("flushed_total",): 3,
+    }
     await eventually("the sink tells", lambda: samples(sink).items() >= written.items())
     for port, topic, hops in (
         (worker, pipeline.settings.events_topic, ("produced", "window_closed")),

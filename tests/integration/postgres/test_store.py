@@ -339,6 +339,15 @@ async def test_transaction_that_fails_before_its_notify_counts_no_payloads(store
     assert failure.value.payloads == 0
 
 
+async def test_rows_of_new_pairs_are_counted_apart_from_changed_ones(store):
+    applied = await apply(store, (0, batch(row(), row(A2), first=0)))
+    assert (applied.written.rows, applied.written.inserted) == (2, 2)
+    applied = await apply(store, (1, batch(row(at=1), row(A2, at=1), row(A2, "new"), first=1)))
+    assert (applied.written.rows, applied.written.inserted) == (3, 1)
+    applied = await apply(store, (2, batch(row(at=2), first=2)))
+    assert (applied.written.rows, applied.written.inserted) == (1, 0)
+
+
 async def test_stale_rows_are_counted_apart_from_unchanged_ones(store):
     await apply(store, (0, batch(row(at=10), row(A2, at=10), row(A2, "other", at=10), first=0)))
     again = batch(row(value="late", at=9), row(A2, at=10), row(A2, "new", at=1), row(A2, "other", "w", at=11), first=1)

@@ -22,7 +22,7 @@ A1, A2 = (uuid.UUID(int=number) for number in (1, 2))
 
 
 class ServeProcess:
-    def __init__(self, database_url, log_path, port):
+    def __init__(self, database_url, log_path, port, settings):
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = log_path
         environment = {
@@ -30,6 +30,7 @@ class ServeProcess:
             "DATABASE_URL": database_url,
             "AGENT_METADATA_SERVE_PORT": str(port),
             "AGENT_METADATA_LOG_FORMAT": "json",
+            **settings,
         }
         with log_path.open("ab") as log:
             self.process = subprocess.Popen(
@@ -56,8 +57,8 @@ class ServeProcess:
 def serve(database_url, tmp_path):
     started = []
 
-    def start(port=None):
-        started.append(ServeProcess(database_url, tmp_path / "serve.log", port or free_port()))
+    def start(port=None, **settings):
+        started.append(ServeProcess(database_url, tmp_path / "serve.log", port or free_port(), settings))
         return started[-1]
 
     yield start
@@ -106,6 +107,32 @@ async def test_changes_reach_all_watchers_over_one_listening_connection(serve, c
         )
         assert connections == 1
         assert (await get(server.url, f"/agents/{A2}/metadata"))[1]["metadata"][0]["value"] == "two"
+
+
+async def test_pairs_beyond_the_most_that_are_held_are_left_out_and_said_once(serve, connection):
+    agents = [uuid.UUID(int=number) for number in range(10)]
+    for agent_id in agents[:5]:
+        await change(connection, agent_id, "k", "snapshot")
+    server = await serve(AGENT_METADATA_SERVE_MAX_PAIRS="3").ready()
+    for agent_id in agents[5:]:
+        await change(connection, agent_id, "k", "later")
+
+    async def metrics():
+        return (await get(server.url, "/metrics"))[1].splitlines()
+
+    await eventually("it counts them", lambda: has(metrics, "agent_metadata_left_out_pairs 7.0"))
+    assert await has(metrics, "agent_metadata_served_pairs 3.0")
+    await change(connection, agents[0], "k", "held")
+    async with watching(server.url, "/metadata/watch") as stream:
+        while (event := await stream.next()).values().get(f"{agents[0]}:k") != "held":
+            pass
+    assert event.body["left_out_pairs"] == 7
+    assert (await get(server.url, f"/agents/{agents[9]}/metadata"))[1]["metadata"][0]["value"] == "later"
+    assert server.log_path.read_text().count('"pairs_left_out"') == 1
+
+
+async def has(lines, line):
+    return line in await lines()
 
 
 async def test_watchers_get_what_changed_while_the_listener_was_cut_off(serve, connection):

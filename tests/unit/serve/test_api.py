@@ -76,6 +76,29 @@ async def test_database_that_is_away_is_a_503_in_one_line():
     assert (status, body) == (503, {"detail": "Postgres is unavailable"})
 
 
+async def test_pairs_left_out_are_said_in_streams_and_metrics_and_shown_by_a_read():
+    async with serving(max_pairs=1) as server:
+        server.change(A1, "k", "held")
+        for path in ("/metadata/watch", f"/agents/{A2}/metadata/watch"):
+            async with watching(server.url, path) as stream:
+                assert (await stream.next()).body["left_out_pairs"] == 0
+        server.change(A2, "k", "left out")
+        server.change(A3, "k", "left out")
+        async with watching(server.url, "/metadata/watch") as stream:
+            event = await stream.next()
+            assert (event.values(), event.body["left_out_pairs"]) == ({f"{A1}:k": "held"}, 2)
+        async with watching(server.url, f"/agents/{A2}/metadata/watch") as stream:
+            event = await stream.next()
+            assert (event.values(), event.body["left_out_pairs"]) == ({}, 2)
+        _, metrics, _ = await get(server.url, "/metrics")
+        assert "agent_metadata_left_out_pairs 2.0" in metrics.splitlines()
+        assert "agent_metadata_served_pairs 1.0" in metrics.splitlines()
+        server.stored = [(A2, "k", "left out", "", datetime.now(UTC))]
+        _, body, _ = await get(server.url, f"/agents/{A2}/metadata")
+        assert [row["value"] for row in body["metadata"]] == ["left out"]
+        assert (await get(server.url, f"/metadata?agent={A2}"))[1]["left_out_pairs"] == 0
+
+
 async def test_stream_begins_with_a_snapshot_and_goes_on_with_what_changed():
     async with serving() as server:
         server.change(A1, "cpu", "1%")
