@@ -211,7 +211,8 @@ class Settings(KafkaSecurity):
 
     @property
     def _replication(self) -> Replication:
-        return Replication(_number(self.topic_replication), _number(self.topic_min_insync_replicas))
+        texts = (self.topic_replication, self.topic_min_insync_replicas)
+        return Replication(*(None if text == "auto" else int(text) for text in texts))
 
     @property
     def max_clock_skew(self) -> timedelta:
@@ -266,10 +267,6 @@ def _config_file() -> Path | None:
     if not file.is_file():
         raise ConfigError(f"{CONFIG_FILE_VARIABLE}={name}: there is no such file")
     return file
-
-
-def _number(text: str) -> int | None:
-    return None if text == "auto" else int(text)
 
 
 def _variable(name: str) -> str:

@@ -37,8 +37,8 @@ class PartitionStatus(msgspec.Struct):
 
     Units: lags in records, of the events topic and of the batches topic; `*_behind_seconds` is how long the oldest
     unfinished record has waited. `open_pairs` is None if no worker's metrics can be read. `uncommitted` records of the
-    events topic wait in Kafka, in or behind a transaction that was begun `uncommitted_seconds` ago. `needs_upgrade` says
-    why the next batch can't be read.
+    events topic wait in Kafka, in or behind a transaction that was begun `uncommitted_seconds` ago. `needs_upgrade`
+    says why the next batch can't be read.
     """
 
     partition: int

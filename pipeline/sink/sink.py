@@ -128,8 +128,8 @@ class Sink:
     async def drain(self, timeout_seconds: float) -> bool:
         """Wait until everything that Kafka holds at this moment is applied; false if that takes too long.
 
-        What is left stays in Kafka. While Postgres can't take batches, or once a writer has failed, it returns at once.
-        It does not wait for partitions that wait for an upgrade.
+        What is left stays in Kafka, as what waits for an upgrade does. While Postgres can't take batches, or once
+        a writer has failed, it returns at once.
         """
         deadline = time.monotonic() + timeout_seconds
         try:
@@ -207,9 +207,9 @@ class Sink:
                 return applied
 
     async def _next(self, partition: int) -> tuple[list[Message], list[Received]]:
-        """Decode as many waiting records as go into one transaction; they stay in `waiting` until it is done.
+        """Decode as many waiting records as go into one transaction, none if the partition has to wait for an upgrade.
 
-        None if the partition waits for an upgrade from here on.
+        They stay in `waiting` until the transaction is done.
         """
         messages: list[Message] = []
         received, entries, acknowledgements = [], 0, []
@@ -241,8 +241,7 @@ class Sink:
         self._consumer.release(buffered_bytes(others))
         self._newer[partition] = newer
         self._metrics.held_partitions.set(len(self._newer))
-        advice = "the partition waits in Kafka; nothing is lost"
-        _log.warning("partition_held_back", partition=partition, offset=first.offset(), error=str(newer), advice=advice)
+        _log.warning("partition_held_back", partition=partition, offset=first.offset(), error=str(newer))
 
     async def _reject(self, partition: int, row: Row, error: RowRejected) -> Awaitable[None]:
         _log.warning("row_rejected", agent_id=row.agent_id, key=row.key, error=str(error), sqlstate=error.sqlstate)
