@@ -3,7 +3,7 @@
 -- Times are clamped to the years 1 to 9999: another program may have written infinity, or a time beyond them, which no
 -- client of ours could represent.
 -- Locks: none.
--- Plan: a range of the primary key; without a limit on the range it would sort the whole table.
+-- Plan: an index scan of the primary key from that pair on, as far as the limit; no part sorts the table.
 select
     workspace_agent_id, key, value, error,
     least(greatest(collected_at, timestamptz '0001-01-01 00:00:00+00'), timestamptz '9999-12-31 23:59:59.999999+00')

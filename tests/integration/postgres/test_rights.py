@@ -354,7 +354,9 @@ async def test_every_role_runs_as_a_user_with_its_rights_alone(database, deploym
         producer.add(AGENT, ["cpu", "mem"], ["12%", "1 GB"], ["", ""], now)
     expected = {(str(AGENT), "cpu"): ("12%", "", now), (str(AGENT), "mem"): ("1 GB", "", now)}
     await deployment.wait_for(expected)
-    assert json.loads(await asyncio.to_thread(watching.stdout.readline))["key"] == "cpu"
+    with watching:
+        assert json.loads(await asyncio.to_thread(watching.stdout.readline))["key"] == "cpu"
+        watching.kill()
     await eventually("the row is served", lambda: "12%" in ask(port, f"/agents/{AGENT}/metadata")[1])
     assert "healthy" in await run("status", "status")
     assert "held" in await run("status", "why", str(AGENT), "cpu")
@@ -371,7 +373,6 @@ async def test_every_role_runs_as_a_user_with_its_rights_alone(database, deploym
     await database.admin.execute("update workspace_agent_metadata set collected_at = '2001-01-01', value = 'old'")
     await run("refill", "replay", "--from", "1h ago")
     await deployment.wait_for(expected)
-    watching.kill()
 
 
 async def is_whole(admin: asyncpg.Connection) -> bool:
