@@ -15,9 +15,10 @@ from pipeline.core.batch import decode_batch
 from pipeline.core.dead_letter import source_text
 from pipeline.core.report import BACKSLASH, moment_from_us, timestamp_us
 from pipeline.core.window import UNLIMITED, OpenWindow
-from pipeline.errors import DecodeError, NewerVersion
+from pipeline.errors import ANSWER_SECONDS, DecodeError, NewerVersion
 from pipeline.jobs.status import group_positions
 from pipeline.jobs.why import Carrier, Event, TableRow, Trace
+from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
 from pipeline.kafka.records import as_record, dead_letter_of
 from pipeline.kafka.topics import TopicFacts, require_topics
@@ -47,6 +48,9 @@ async def trace(
     events, batches = topics["events"], topics["batches"]
     result = Trace(agent_id, key, is_ignoring_undeclared=settings.undeclared == "ignore")
     search = _Search(agent_id, key, settings.max_clock_skew)
+    with KafkaAdmin(config) as admin:
+        offsets = await admin.offsets(events.name, range(events.partitions), ANSWER_SECONDS)
+    result.uncommitted = sum(partition.end - partition.stable for partition in offsets.values())
     async with RangeReader(config, events.name) as reader:
         event = result.event = await asyncio.to_thread(_newest_event, reader, events, search, on_searched)
     if event is not None:

@@ -61,7 +61,8 @@ class Trace(msgspec.Struct):
     """A pair on its way: its newest event, the batch that carried the event, and its row.
 
     `committed` and `applied` are the next offsets of worker and sink in the event's partition. `dead_letter` is the
-    reason given in a dead letter of this event.
+    reason given in a dead letter of this event. `uncommitted` records of the events topic were not searched, as they
+    are in or behind an open transaction.
     """
 
     agent_id: str
@@ -72,11 +73,19 @@ class Trace(msgspec.Struct):
     committed: int = 0
     applied: int = 0
     dead_letter: str | None = None
+    uncommitted: int = 0
     is_ignoring_undeclared: bool = False
 
 
 def explain(trace: Trace) -> tuple[Verdict, str]:
     """Return the verdict and its explanation: a sentence that says what it means and what to do."""
+    verdict, explanation = _explain(trace)
+    if trace.uncommitted:
+        explanation += f"; {trace.uncommitted} more records of the topic wait in or behind an open transaction"
+    return verdict, explanation
+
+
+def _explain(trace: Trace) -> tuple[Verdict, str]:
     event, row = trace.event, trace.row
     if event is None:
         if row is None:

@@ -113,6 +113,8 @@ async def test_open_transaction_holds_back_what_follows_and_ends_nothing(deploy)
         "open": "no_event",
         "behind": "no_event",
     }
+    explanation = (await run(pipeline, "why", str(AGENTS["behind"]), "k"))[1]["explanation"]
+    assert explanation.endswith("2 more records of the topic wait in or behind an open transaction")
     reports.producer("open").commit_transaction(30)
     await pipeline.wait_for(reports.rows("committed", "plain", "open", "behind"))
     await eventually("nothing waits", lambda: sample(ports[0], "uncommitted_records") == 0)

@@ -39,3 +39,8 @@ def test_verdict_names_the_place_where_the_event_is(verdict, fields):
 def test_explanation_counts_what_is_before_the_event():
     assert "2 records to commit" in explain(Trace("agent", "key", event=EVENT, committed=9))[1]
     assert "3 batches to apply" in explain(Trace("agent", "key", event=EVENT, batch=BATCH, applied=3))[1]
+
+
+def test_explanation_says_that_records_behind_a_transaction_were_not_searched():
+    verdict, explanation = explain(Trace("agent", "key", event=EVENT, row=SAME, uncommitted=7))
+    assert (verdict, explanation.partition("; ")[2].split()[0]) == ("held", "7")
