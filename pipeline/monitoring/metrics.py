@@ -201,7 +201,7 @@ class ServeMetrics:
             "agent_metadata_stale_pairs", "Served pairs older than three of their usual intervals.", registry=registry
         )
         self._left_out_pairs = Gauge(
-            "agent_metadata_left_out_pairs", "Pairs beyond AGENT_METADATA_SERVE_MAX_PAIRS, to 1 %.", registry=registry
+            "agent_metadata_left_out_pairs", "Pairs beyond AGENT_METADATA_SERVE_MAX_PAIRS, to 2 %.", registry=registry
         )
 
     def show_pairs(self, pairs: int, stale: int, left_out: int) -> None:

@@ -78,7 +78,7 @@ class Watcher:
 
 
 class DistinctCount:
-    """Counts different things in constant memory; exact for a few, and to about 1 % for millions.
+    """Counts different things in constant memory; exact for a few, and to about 2 % for millions.
 
     Source: linear counting (Whang and others, 1990): each thing sets the bit of its hash, and how many bits are still
     unset says how many things there were.
@@ -147,7 +147,7 @@ class LiveTable:
 
     @property
     def left_out_pairs(self) -> int:
-        """How many pairs are left out; to about 1 %."""
+        """How many pairs are left out; to about 2 %."""
         return self._left_out.count
 
     def row(self, agent_id: UUID, key: str) -> LiveRow | None:

@@ -50,7 +50,7 @@ class WatchedAgent(AgentMetadata):
     """One agent in an event."""
 
     left_out_pairs: int
-    """How many pairs, of any agents, events leave out because AGENT_METADATA_SERVE_MAX_PAIRS are held; to 1 %."""
+    """How many pairs, of any agents, events leave out because AGENT_METADATA_SERVE_MAX_PAIRS are held; to 2 %."""
 
 
 @dataclass(slots=True)
