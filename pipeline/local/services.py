@@ -23,7 +23,7 @@ from pipeline.local.docker import (
 )
 from pipeline.local.kafka import KAFKA_VERSION, PackagedKafka, jdk_version, kafka_classpath
 from pipeline.local.mock_broker import MockBroker
-from pipeline.local.postgres import PackagedPostgres
+from pipeline.local.postgres import BINARIES_VARIABLE, PackagedPostgres
 
 ServicesKind = Literal["env", "docker", "packages", "embedded"]
 Say = Callable[[str], None]
@@ -213,7 +213,8 @@ def _packaged_kafka(classpath: list[Path], stack: ExitStack, say: Say) -> _Servi
 def _packaged_postgres(stack: ExitStack, say: Say) -> _Service:
     say("starting PostgreSQL")
     url = stack.enter_context(PackagedPostgres()).database_url
-    return _Service(url, f"PostgreSQL {_server_version(url, 'the packaged server')} from packages")
+    origin = os.environ.get(BINARIES_VARIABLE) or "packages"
+    return _Service(url, f"PostgreSQL {_server_version(url, 'the packaged server')} from {origin}")
 
 
 def _embedded_kafka(stack: ExitStack, say: Say) -> _Service:

@@ -62,6 +62,10 @@ def set_config(kafka, topic, name, value):
     resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
     admin = AdminClient(kafka)
     admin.incremental_alter_configs([resource])[resource].result(30)
+    deadline = time.monotonic() + 30  # acknowledged by the controller, it reaches the broker a moment later
+    while admin.describe_configs([resource])[resource].result(30)[name].value != value:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def add_partitions(kafka, topic, total):
