@@ -30,10 +30,12 @@ def previous_version() -> Path:
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agent-metadata-pipeline"
     folder = caches / PREVIOUS
     if not folder.exists():
-        archive = subprocess.run(["git", "archive", PREVIOUS, *_FOLDERS], cwd=_ROOT, capture_output=True)
+        if _git("cat-file", "-e", PREVIOUS).returncode != 0:  # a shallow clone
+            _git("fetch", "--quiet", "--depth", "1", "origin", PREVIOUS)
+        archive = _git("archive", PREVIOUS, *_FOLDERS)
         assert archive.returncode == 0, (
-            f"the history here lacks {PREVIOUS}, the previous version: run `git fetch --unshallow`, or have CI check "
-            f"out all of it; git says: {archive.stderr.decode().strip()}"
+            f"neither the history here nor its origin has {PREVIOUS}, the previous version: run "
+            f"`git fetch --unshallow`, or have CI check out all of it; git says: {archive.stderr.decode().strip()}"
         )
         caches.mkdir(parents=True, exist_ok=True)
         with (
@@ -44,6 +46,10 @@ def previous_version() -> Path:
             with suppress(OSError):  # another process was faster
                 os.rename(f"{draft}/whole", folder)
     return folder
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True)
 
 
 def main() -> None:
