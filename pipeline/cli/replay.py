@@ -146,7 +146,6 @@ class _Run:
             self._require_topic(topic)
         else:
             await self._find_ranges(topic)
-        self._save()
         async with (
             chunk_reader(self._settings, topic) as reader,
             replay_store(self._settings, notify=is_notifying) as store,
@@ -169,6 +168,7 @@ class _Run:
 
     async def _run_job(self, job: Replay) -> None:
         _stop_on_signals(job)
+        self._save()  # from now on an interrupted replay can be resumed
         tune_garbage_collector()
         try:
             await job.run(self._plan.left, self._plan.summary, self._done)
