@@ -23,7 +23,7 @@ demo: .venv/.local ## Run everything once on this machine and compare the table 
 test: .venv/.dev ## All tests, on a real Kafka and a real Postgres; ARGS="-k store"
 	$(BIN)/python -m pytest $(ARGS)
 
-versions: .venv/.dev ## Part of the tests on other versions; KAFKA=4.4.0 POSTGRES=/usr/lib/postgresql/17/bin
+versions: .venv/.dev ## Part of the tests on other versions; KAFKA=4.3.1 POSTGRES=/usr/lib/postgresql/17/bin
 	PIPELINE_SERVICES=packages PIPELINE_KAFKA_VERSION=$(KAFKA) PIPELINE_POSTGRES=$(POSTGRES) \
 		$(BIN)/python -m pytest $(VERSIONED) $(ARGS)
 

