@@ -80,9 +80,7 @@ MUTANTS = {
     # With what keeps a promise removed.
     "commit_first": Mutant(Worker, _deliver, _commit_and_deliver),
     "no_guard": Mutant(store, _statement, _statement_without_guard),
-    "aborted_read": Mutant(
-        PartitionChunks, PartitionChunks._holds_records, lambda _, batch: not batch.is_control_batch
-    ),
+    "aborted_read": Mutant(PartitionChunks, PartitionChunks._is_aborted, lambda *_: False),
     "no_progress_check": Mutant(store, store.choose_batches, _choose_all),
     # A consumer that delivers nothing, or an event loop that doesn't run.
     "worker_without_records": Mutant(ChunkConsumerThread, ChunkConsumerThread.getmany, _wait_for_ever),

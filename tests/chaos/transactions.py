@@ -18,7 +18,8 @@ _ANSWER_SECONDS: Final = 10.0
 class TransactionalProducer:
     """Produces in one transaction after another, each open for up to a second; waits out any outage.
 
-    What `produce` is given counts once `on_commit` is called with it; what is aborted never does.
+    What `produce` is given counts once `on_commit` is called with it; what is aborted never does, whether by chance or
+    because Kafka or the client gave the transaction up.
     """
 
     def __init__(self, config: dict[str, Any], dice: random.Random, on_commit: Callable[[dict[int, Any]], None]):
@@ -47,7 +48,10 @@ class TransactionalProducer:
                 number, kept = accepted(message)
                 self._delivered[number] = kept
 
-        self._producer.produce(topic, value, key, on_delivery=delivered)
+        try:
+            self._producer.produce(topic, value, key, on_delivery=delivered)
+        except KafkaException:  # the transaction has failed already
+            self.is_doomed = True
 
     def end_when_due(self) -> None:
         """End the transaction if its time has come."""
@@ -59,21 +63,25 @@ class TransactionalProducer:
         """End the open transaction, if there is one."""
         if not self._has_begun:
             return
-        if not self.is_doomed:
-            self._insist(lambda: self._producer.commit_transaction(_ANSWER_SECONDS))
+        if not self.is_doomed and self._insist(lambda: self._producer.commit_transaction(_ANSWER_SECONDS)):
             self._on_commit(self._delivered)
         else:
             self._insist(lambda: self._producer.abort_transaction(_ANSWER_SECONDS))
         self._delivered = {}
         self._has_begun = False
 
-    def _insist(self, request: Callable[[], None]) -> None:
-        """Repeat a request that Kafka did not answer; one that it refused ends the load, and so fails the run."""
+    def _insist(self, request: Callable[[], None]) -> bool:
+        """Repeat a request that Kafka did not answer; false if the transaction has to be aborted.
+
+        Any other refusal ends the load, and so fails the run.
+        """
         while True:
             try:
                 request()
             except KafkaException as error:
+                if error.args[0].txn_requires_abort():
+                    return False
                 if not error.args[0].retriable():
                     raise
             else:
-                return
+                return True

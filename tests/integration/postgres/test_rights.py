@@ -24,8 +24,9 @@ from pipeline.local.process import free_port
 from pipeline.postgres.connections import connected
 from pipeline.postgres.migrations import migrate, require_schema
 from pipeline.postgres.progress import PartitionId, Received
+from pipeline.postgres.rows import read_all_rows
 from pipeline.postgres.statements import statement
-from pipeline.postgres.store import Store, read_rows
+from pipeline.postgres.store import Store
 from tests.support.coder import CODERS_TABLES
 from tests.support.deployment import Deployment, ask, eventually
 from tests.support.documentation import ROOT, table_rows
@@ -191,7 +192,7 @@ async def work_of_refill(url: str) -> None:
 async def work_of_serve(url: str) -> None:
     async with connected(url) as connection:
         await require_schema(connection)
-        await read_rows(connection, None)
+        assert [part async for part in read_all_rows(connection)]
 
 
 async def work_of_status(url: str) -> None:
