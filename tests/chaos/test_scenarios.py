@@ -40,5 +40,8 @@ async def test_nothing_is_lost_twice_or_backwards_when(scenario, own_services, t
 async def test_harness_finds(mutant, scenario, found, own_services, tmp_path):
     assert mutant in MUTANTS
     module = ("tests.chaos.broken", mutant)
-    verdict = await Run(own_services, BY_NAME[scenario], 1, tmp_path, module=module).perform()
-    assert getattr(verdict, found) > 0, str(verdict)
+    for seed in (1, 2, 3):  # by chance nothing of what went wrong may be left at the end
+        verdict = await Run(own_services, BY_NAME[scenario], seed, tmp_path, module=module).perform()
+        if getattr(verdict, found):
+            return
+    pytest.fail(f"not found with three seeds: {verdict}")
