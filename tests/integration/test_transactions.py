@@ -10,6 +10,7 @@ import pytest
 from confluent_kafka import Producer
 
 from pipeline.core.report import Entry, Report, encode_report
+from pipeline.kafka.admin import KafkaAdmin
 from pipeline.local.process import free_port
 from tests.support.deployment import ask, eventually
 from tests.support.prometheus_rules import families
@@ -47,7 +48,13 @@ class Reports:
     def rows(self, *names):
         return {(str(AGENTS[name]), "k"): (name, "", self.at) for name in names}
 
-    def send_all_but_the_last_commit(self):
+    async def are_ended(self):
+        """Tell whether Kafka has written the markers of all transactions, which it does after it has answered."""
+        with KafkaAdmin(self._pipeline.settings.client_config()) as admin:
+            offsets = await admin.offsets(self._pipeline.settings.events_topic, [0], 10.0)
+        return offsets[0].stable == offsets[0].end
+
+    async def send_all_but_the_last_commit(self):
         """Interleave a transaction that is aborted, one that is committed, one that stays open, and reports of none."""
         for name in ("aborted", "committed", "open"):
             self.producer(name).begin_transaction()
@@ -56,6 +63,7 @@ class Reports:
         self.send("plain")
         self.producer("aborted").abort_transaction(30)
         self.producer("committed").commit_transaction(30)
+        await eventually("the markers are written", self.are_ended)
         self.send("open", "open")
         self.send("behind")
 
@@ -89,7 +97,7 @@ async def test_open_transaction_holds_back_what_follows_and_ends_nothing(deploy)
         pipeline.environment["AGENT_METADATA_METRICS_PORT"] = str(ports[-1])
         roles.append(await pipeline.started(role))
     reports = Reports(pipeline)
-    reports.send_all_but_the_last_commit()
+    await reports.send_all_but_the_last_commit()
     await pipeline.wait_for(reports.rows("committed", "plain"))
     await eventually("the metrics say what waits", lambda: sample(ports[0], "uncommitted_records") == 2)
     began = time.monotonic()
@@ -125,7 +133,7 @@ async def test_open_transaction_holds_back_what_follows_and_ends_nothing(deploy)
 async def test_replay_writes_what_the_live_pipeline_wrote(deploy):
     pipeline = await deploy()
     reports = Reports(pipeline)
-    reports.send_all_but_the_last_commit()
+    await reports.send_all_but_the_last_commit()
     code, dry = await run(pipeline, "replay", "--from", "2020-01-01T00:00:00Z", "--dry-run")
     assert (code, dry["pairs"], dry["changed"]) == (0, 2, 2)
     assert (await run(pipeline, "replay", "--from", "2020-01-01T00:00:00Z"))[0] == 0

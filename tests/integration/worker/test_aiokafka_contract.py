@@ -24,6 +24,7 @@ from faust.types import TP
 from pipeline.kafka.chunks import RECORDS_PER_SLICE, TARGET_RECORDS, PartitionChunks, fetch_in_chunks
 from pipeline.worker.table import LatestTables
 from pipeline.worker.transport import ChunkApp, ChunkSchema
+from tests.support.deployment import eventually
 
 EVENTS = TP("events", 0)
 T0_MS = 1_704_067_200_000
@@ -438,7 +439,8 @@ async def test_consumed_chunks_leave_out_what_is_aborted_and_end_before_what_is_
     other.begin_transaction()
     send_at_once(other, [4])
     send_at_once(plain, [5])
-    other.commit_transaction(30)  # 6
+    other.commit_transaction(30)  # 6, which Kafka writes after it has answered
+    await eventually("the marker is written", lambda: last_stable_offset(bootstrap_servers, topic) == 7)
     open_one.begin_transaction()
     send_at_once(open_one, [7])
     send_at_once(plain, [8])
@@ -464,6 +466,14 @@ async def test_consumed_record_of_a_log_append_time_topic_has_the_brokers_time(b
         ((_, (_, _, timestamp, _)),) = seen(await up_to(1))
     assert before - 1 <= timestamp <= after + 1
     assert timestamp == timestamp_as_librdkafka_reads_it(bootstrap_servers, topic)
+
+
+def last_stable_offset(servers, topic):
+    consumer = Consumer({"bootstrap.servers": servers, "group.id": topic})  # which reads committed records by default
+    try:
+        return consumer.get_watermark_offsets(TopicPartition(topic, 0), 10)[1]
+    finally:
+        consumer.close()
 
 
 def timestamp_as_librdkafka_reads_it(servers, topic):
