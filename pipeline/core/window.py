@@ -148,7 +148,8 @@ class OpenWindow:
                 if len(raw) > _UNMEASURED_BYTES or BACKSLASH in raw:
                     if len(raw) > SHORT_BYTES or BACKSLASH in raw:
                         problem = apply_limits(report)
-                    capacity = self._measure(raw, report.entries, agents.get(agent_id))
+                    if len(raw) > _UNMEASURED_ENTRY_BYTES * len(report.entries):
+                        capacity = self._measure(report.entries, agents.get(agent_id))
                 moment = report.collected_at
                 if moment is None or moment >= certain:
                     moment = self._believe(moment, record.timestamp)
@@ -157,7 +158,8 @@ class OpenWindow:
                     report, problem = decode_report(raw)
                     agent_id = self._learn(report.agent_id)
                     moment = self._believe(report.collected_at, record.timestamp)
-                    capacity = self._measure(raw, report.entries, agents.get(agent_id))
+                    if len(raw) > max(_UNMEASURED_BYTES, _UNMEASURED_ENTRY_BYTES * len(report.entries)):
+                        capacity = self._measure(report.entries, agents.get(agent_id))
                 except DecodeError as error:
                     capacity = self._reject(record, str(error), "undecodable")
                     continue
@@ -233,14 +235,12 @@ class OpenWindow:
             return 0
         return self._capacity - len(self.rejected)
 
-    def _measure(self, raw: bytes, entries: Sequence[Entry], held_by_key: _Held | None) -> int:
-        """Count the memory that a report will add if it is large; return how many pairs the window may now have.
+    def _measure(self, entries: Sequence[Entry], held_by_key: _Held | None) -> int:
+        """Count the memory that a large report will add; return how many pairs the window may now have.
 
         What it replaces is taken off up to its own size only, because an older entry replaces nothing. At the limit the
         count, then too high, is made anew, and a window that is three quarters full is left full.
         """
-        if len(raw) <= max(_UNMEASURED_BYTES, _UNMEASURED_ENTRY_BYTES * len(entries)):
-            return self._pairs_allowed
         for entry in entries:
             held = held_by_key.get(entry.key) if held_by_key else None
             self._large_bytes += max(0, _size(entry) - (_size(held[1]) if held else 0))
