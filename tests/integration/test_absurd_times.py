@@ -1,6 +1,5 @@
 """Times outside the years 1 to 9999: of batches that no worker of ours made, and of rows that another program wrote."""
 
-import asyncio
 import json
 import uuid
 from datetime import UTC, datetime
@@ -37,13 +36,6 @@ def row(key, us=T0_US, value="v"):
     return Row(AGENT, key, value, "", us)
 
 
-async def run(pipeline, *arguments):
-    """Run a command to its end; return (exit code, stdout, stderr)."""
-    process = pipeline.start_command(*arguments)
-    out, err = await asyncio.to_thread(process.communicate, timeout=60)
-    return process.returncode, out, err
-
-
 async def test_row_whose_time_is_absurd_is_a_dead_letter_and_nothing_else_is_lost(deploy):
     pipeline = await deploy(partitions=1)
     settings = pipeline.settings
@@ -62,17 +54,17 @@ async def test_row_whose_time_is_absurd_is_a_dead_letter_and_nothing_else_is_los
     assert pipeline.stop(sink) == 0
     assert "Traceback" not in pipeline.log(sink)
 
-    code, out, err = await run(pipeline, "dead-letter", "list", "--agent", AGENT)
+    code, out, err = await pipeline.run("dead-letter", "list", "--agent", AGENT)
     assert (code, err, out.count("outside the years 1 to 9999")) == (0, "", len(absurd))
-    code, out, err = await run(pipeline, "dead-letter", "redrive", "--all", "--dry-run", "--json")
+    code, out, err = await pipeline.run("dead-letter", "redrive", "--all", "--dry-run", "--json")
     assert (code, json.loads(out)["refused"]) == (0, len(absurd))
     assert "Traceback" not in err
 
     async with pipeline.connection() as connection:
         await connection.execute("truncate workspace_agent_metadata")
-    code, out, err = await run(pipeline, "replay", "--source", "batches", "--from", "1h ago", "--dry-run", "--json")
+    code, out, err = await pipeline.run("replay", "--source", "batches", "--from", "1h ago", "--dry-run", "--json")
     assert (code, json.loads(out)["dead"], json.loads(out)["changed"]) == (0, len(absurd), 3)
-    code, out, err = await run(pipeline, "refill")
+    code, out, err = await pipeline.run("refill")
     assert (code, await pipeline.table()) == (0, expected)
 
 
@@ -90,7 +82,7 @@ async def test_why_follows_a_pair_through_absurd_times(deploy):
     async with pipeline.connection() as connection:
         for stored, shown in ABSURD_SQL.items():
             await connection.execute("update workspace_agent_metadata set collected_at = $1::text::timestamptz", stored)
-            _, out, err = await run(pipeline, "why", AGENT, "k", "--json")
+            _, out, err = await pipeline.run("why", AGENT, "k", "--json")
             found = json.loads(out)
             assert (err, found["verdict"]) == ("", "row_newer" if shown == LAST else "row_older")
             assert datetime.fromisoformat(found["row"]["collected_at"]) == shown
@@ -104,7 +96,7 @@ async def test_why_shows_a_record_whose_timestamp_is_absurd(deploy):
     value = json.dumps({"agent_id": AGENT, "entries": [{"key": "k"}]}).encode()
     producer.produce(pipeline.settings.events_topic, value, timestamp=MAX_TIMESTAMP_US // 1000 + 1)
     assert producer.flush(10) == 0
-    _, out, err = await run(pipeline, "why", AGENT, "k", "--json")
+    _, out, err = await pipeline.run("why", AGENT, "k", "--json")
     assert (err, json.loads(out)["verdict"]) == ("", "unreadable")
 
 
@@ -135,9 +127,9 @@ async def test_listeners_serve_and_jobs_go_on_with_rows_whose_time_is_absurd(dep
     assert ask(port, "/metrics")[0] == 200
     later = pipeline.start("watch", "--json")
     await eventually("a snapshot shows them", lambda: shown(later) == expected)
-    code, out, err = await run(pipeline, "status", "--json")
+    code, out, err = await pipeline.run("status", "--json")
     assert (err, json.loads(out)["table"]["rows"]) == ("", 5)
-    code, out, err = await run(pipeline, "replay", "--source", "batches", "--from", "1h ago", "--json")
+    code, out, err = await pipeline.run("replay", "--source", "batches", "--from", "1h ago", "--json")
     assert (code, json.loads(out)["changed"]) == (0, 2)  # those that were too old
     assert [process.poll() for process in (watch, later)] == [None, None]
     assert pipeline.stop(serve) == 0
@@ -155,6 +147,6 @@ async def test_shadow_diff_goes_on_with_rows_whose_time_is_absurd(deploy):
         for table in ("public.workspace_agent_metadata", "workspace_agent_metadata"):
             values = "select $1, '', key, '', $2, '', 0, 0, key::timestamptz, 0 from unnest($3::text[]) key"
             await connection.execute(f"insert into {table} {values}", uuid.UUID(AGENT), table, list(ABSURD_SQL))
-    code, out, err = await run(pipeline, "shadow", "diff", "--live", "public", "--json")
+    code, out, err = await pipeline.run("shadow", "diff", "--live", "public", "--json")
     # Two count as never reported, and two as just changed.
     assert (code, err, json.loads(out)["unsettled"], json.loads(out)["different"]) == (0, "", 2, 0)

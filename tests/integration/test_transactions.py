@@ -70,10 +70,9 @@ class Reports:
 
 async def run(pipeline, *arguments):
     """Run a command to its end; return (exit code, what it prints as JSON)."""
-    process = pipeline.start_command(*arguments, "--json")
-    out, err = await asyncio.to_thread(process.communicate, timeout=60)
+    code, out, err = await pipeline.run(*arguments, "--json")
     assert out, err
-    return process.returncode, json.loads(out)
+    return code, json.loads(out)
 
 
 async def verdicts(pipeline):
@@ -81,12 +80,14 @@ async def verdicts(pipeline):
 
 
 def sample(port, name):
-    return max(
+    """Return the highest value that the partitions show; None while there is none yet."""
+    values = [
         sample.value
         for family in families(ask(port, "/metrics")[1])
         for sample in family.samples
         if sample.name == f"agent_metadata_{name}"
-    )
+    ]
+    return max(values, default=None)
 
 
 async def test_open_transaction_holds_back_what_follows_and_ends_nothing(deploy):

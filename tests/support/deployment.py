@@ -65,6 +65,12 @@ class Deployment(LocalDeployment):
         self._processes.append(process)
         return process
 
+    async def run(self, *arguments: str, seconds: float = DEADLINE_SECONDS) -> tuple[int, str, str]:
+        """Run a command to its end; return (exit code, stdout, stderr)."""
+        process = self.start_command(*arguments)
+        out, err = await asyncio.to_thread(process.communicate, timeout=seconds)
+        return process.returncode, out, err
+
     def producer(self) -> MetadataProducer:
         return MetadataProducer(self.settings.client_config(), topic=self.settings.events_topic)
 

@@ -94,7 +94,7 @@ async def prepare(deployment: Deployment, live: str) -> str:
             topic=deployment.settings.events_topic,
             partition=0,
             offset=offset,
-            stage=HOSTILE,  # type: ignore[arg-type]
+            stage=HOSTILE,  # type: ignore[arg-type]  # no stage of ours
             error_class="E",
             message=HOSTILE,
         )

@@ -1,6 +1,5 @@
 """The command `agent-metadata status` on a real Kafka and a real Postgres."""
 
-import asyncio
 import contextlib
 import json
 import socket
@@ -18,9 +17,7 @@ AGENTS = [uuid.uuid5(uuid.NAMESPACE_OID, str(number)) for number in range(20)]
 
 async def status(pipeline, *arguments):
     """Run the command to its end; return (exit code, stdout, stderr)."""
-    process = pipeline.start_command("status", *arguments)
-    out, err = await asyncio.to_thread(process.communicate, timeout=60)
-    return process.returncode, out, err
+    return await pipeline.run("status", *arguments)
 
 
 def produce(pipeline, at):

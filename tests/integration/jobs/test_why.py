@@ -1,6 +1,5 @@
 """The command `agent-metadata why` on a real Kafka and a real Postgres."""
 
-import asyncio
 import json
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -17,9 +16,7 @@ A1, A2 = (uuid.UUID(int=number) for number in (1, 2))
 
 async def why(pipeline, agent_id, key, *options):
     """Run the command to its end; return (exit code, stdout, stderr)."""
-    process = pipeline.start_command("why", str(agent_id), key, *options)
-    out, err = await asyncio.to_thread(process.communicate, timeout=60)
-    return process.returncode, out, err
+    return await pipeline.run("why", str(agent_id), key, *options)
 
 
 async def verdict(pipeline, agent_id, key):

@@ -38,14 +38,8 @@ async def pipeline(cluster, database_url, tmp_path):
     deployment.close()
 
 
-async def command(pipeline, *arguments):
-    process = pipeline.start_command(*arguments)
-    out, err = await asyncio.to_thread(process.communicate, timeout=60)
-    return process.returncode, out, err
-
-
 async def status(pipeline):
-    return json.loads((await command(pipeline, "status", "--json"))[1])
+    return json.loads((await pipeline.run("status", "--json"))[1])
 
 
 def produce(pipeline, value):
@@ -64,7 +58,7 @@ async def test_topics_get_three_replicas_of_which_two_must_have_each_record(pipe
     assert found.brokers == 3
     assert {found.replication[name] for name in names} == {3}
     assert {config[MIN_INSYNC] for config in configs.values()} == {"2"}
-    assert await command(pipeline, "topics", "diff") == (0, "the cluster's topics are as declared\n", "")
+    assert await pipeline.run("topics", "diff") == (0, "the cluster's topics are as declared\n", "")
     assert (await status(pipeline))["risks"] == []
 
 
@@ -74,7 +68,7 @@ async def test_topic_of_one_replica_is_named_by_diff_and_status(pipeline):
     await asyncio.to_thread(delete_topics, config, {"dead_letter": lone})
     specs = {"dead_letter": replace(lone, replication=Replication(1))}
     await eventually("it is created again", lambda: create_topics(config, specs))
-    code, out, err = await command(pipeline, "topics", "diff")
+    code, out, err = await pipeline.run("topics", "diff")
     assert (code, err) == (1, "")
     assert out.splitlines() == [
         f"{lone.name}: replication is 1, declared 3 or more (auto)",
@@ -97,7 +91,7 @@ async def test_pipeline_goes_on_after_one_broker_was_killed(cluster, pipeline):
         await pipeline.wait_for(produce(pipeline, "while one is down"))
         await asyncio.to_thread(cluster.wait_alive, set(cluster.nodes) - {victim})
         assert victim not in cluster.leaders(pipeline.settings.events_topic)
-        assert await command(pipeline, "topics", "diff") == (0, "the cluster's topics are as declared\n", "")
+        assert await pipeline.run("topics", "diff") == (0, "the cluster's topics are as declared\n", "")
     finally:
         await asyncio.to_thread(cluster.nodes[victim].start)
     await pipeline.wait_for(produce(pipeline, "after"))

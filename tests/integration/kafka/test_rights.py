@@ -107,9 +107,8 @@ class Two:
 
     async def run(self, command: tuple[str, ...]) -> tuple[int, str]:
         """Run a command as USER; return its exit code and stderr."""
-        process = self.user.start_command(*command)
-        _, err = await asyncio.to_thread(process.communicate, timeout=60)
-        return process.returncode, err
+        code, _, err = await self.user.run(*command)
+        return code, err
 
 
 @pytest.fixture

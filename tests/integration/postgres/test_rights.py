@@ -8,6 +8,7 @@ import re
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,33 +161,36 @@ async def work_of_migrate(url: str) -> None:
 
 async def work_of_sink(url: str) -> None:
     """A batch of a new row and one of a newer value, each in a partition's own order; then the check for an epoch."""
-    store = await Store.connect(url, connections=2, undeclared="insert", notify=True)
-    try:
-        async with connected(url) as connection:
-            await require_schema(connection)
+    async with opened_store(url) as store:
         target = PartitionId(uuid.uuid4().hex, 0, "batches")
         for offset in range(2):
             at = await store.next_offsets(target.topic_id, [0])
             received = Received(at.get(0, 0), batch(offset, target.topic_id))
             await store.apply(target, [received], refuse_nothing)
         await store.epoch.is_emptied()
-        async with store.epoch.refilling() as is_ours:
-            assert is_ours
-            await store.replay(batch(2, "").columns, refuse_nothing)
-    finally:
-        await store.close()
+        await refill(store, 2)
 
 
 async def work_of_refill(url: str) -> None:
+    async with opened_store(url) as store:
+        await refill(store, 0)
+
+
+@asynccontextmanager
+async def opened_store(url: str) -> AsyncIterator[Store]:
     async with connected(url) as connection:
         await require_schema(connection)
     store = await Store.connect(url, connections=2, undeclared="insert", notify=True)
     try:
-        async with store.epoch.refilling() as is_ours:
-            assert is_ours
-            await store.replay(batch(0, "").columns, refuse_nothing)
+        yield store
     finally:
         await store.close()
+
+
+async def refill(store: Store, number: int) -> None:
+    async with store.epoch.refilling() as is_ours:
+        assert is_ours
+        await store.replay(batch(number, "").columns, refuse_nothing)
 
 
 async def work_of_serve(url: str) -> None:
@@ -331,9 +335,8 @@ async def test_every_role_runs_as_a_user_with_its_rights_alone(database, deploym
 
     async def run(role: str, *command: str, code: int = 0) -> str:
         as_user(role)
-        process = deployment.start_command(*command)
-        out, err = await asyncio.to_thread(process.communicate, timeout=60)
-        assert (process.returncode, "agent-metadata:" in err) == (code, False), err
+        ended, out, err = await deployment.run(*command)
+        assert (ended, "agent-metadata:" in err) == (code, False), err
         return out
 
     await database.grant("migrate")

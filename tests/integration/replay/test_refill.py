@@ -119,12 +119,6 @@ async def kill_a_backend(pipeline):
             await connection.execute("select pg_sleep(60)")
 
 
-async def command(pipeline, *arguments):
-    process = pipeline.start_command(*arguments)
-    out, err = await asyncio.to_thread(process.communicate, timeout=60)
-    return process.returncode, out, err
-
-
 async def test_refill_by_hand_brings_back_what_was_deleted_and_moves_nothing_back(deploy):
     pipeline = await deploy(window_seconds=0.2)
     await pipeline.started("worker")
@@ -139,7 +133,7 @@ async def test_refill_by_hand_brings_back_what_was_deleted_and_moves_nothing_bac
         await connection.execute(
             "update workspace_agent_metadata set value = 'newer', collected_at = $1 where key = 'cpu'", newer
         )
-    code, out, err = await command(pipeline, "refill", "--json")
+    code, out, err = await pipeline.run("refill", "--json")
     assert (code, err) == (0, "")
     done = json.loads(out)
     assert (done["pairs"], done["changed"], done["already_newer"]) == (400, 398, 2)
@@ -152,17 +146,17 @@ async def test_only_one_refills_at_a_time(deploy, database_url):
     store = await Store.connect(database_url, connections=1, undeclared="insert", notify=False)
     async with store.epoch.refilling() as is_ours:
         assert is_ours
-        code, out, err = await command(pipeline, "refill")
+        code, out, err = await pipeline.run("refill")
     await store.close()
     assert (code, out) == (1, "")
     assert err.startswith("agent-metadata: another process is refilling the table")
-    assert (await command(pipeline, "refill"))[0] == 0
+    assert (await pipeline.run("refill"))[0] == 0
 
 
 async def test_refill_without_tables_says_how_to_make_them(deploy):
     pipeline = await deploy()
     await execute(pipeline, "drop table agent_metadata_migrations")
-    code, out, err = await command(pipeline, "refill")
+    code, out, err = await pipeline.run("refill")
     assert (code, out) == (1, "")
     assert "run `agent-metadata db migrate`" in err
 

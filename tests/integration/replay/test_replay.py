@@ -38,9 +38,8 @@ def produce(pipeline, rounds, *, age=HOUR, agents=AGENTS):
 
 async def replay(pipeline, *arguments, code=0):
     """Run the command to its end; return (its JSON, its stderr)."""
-    process = pipeline.start_command("replay", *arguments, "--json")
-    out, err = await asyncio.to_thread(process.communicate, timeout=120)
-    assert process.returncode == code, err
+    ended, out, err = await pipeline.run("replay", *arguments, "--json", seconds=120)
+    assert ended == code, err
     return json.loads(out) if out else None, err
 
 
@@ -259,9 +258,8 @@ async def test_embedded_broker_says_what_it_can_t_instead_of_finding_nothing(
     with MockBroker() as broker:
         pipeline = Deployment(broker.bootstrap_servers, database_url, tmp_path)
         await pipeline.prepare()
-        process = pipeline.start_command(*command)
-        _, err = await asyncio.to_thread(process.communicate, timeout=60)
-    assert (process.returncode, words in err) == (code, True), err
+        ended, _, err = await pipeline.run(*command)
+    assert (ended, words in err) == (code, True), err
 
 
 async def test_user_without_rights_is_told_before_anything_is_read(deploy, database_url):

@@ -1,6 +1,5 @@
 """A batch of a version that the sink does not know waits for an upgrade, as batches wait for Postgres in an outage."""
 
-import asyncio
 import json
 import time
 import uuid
@@ -36,13 +35,6 @@ def rows(**values):
     return {(AGENT, key): (value, "", T0) for key, value in values.items()}
 
 
-async def run(pipeline, *arguments):
-    """Run a command to its end; return (exit code, stdout, stderr)."""
-    process = pipeline.start_command(*arguments)
-    out, err = await asyncio.to_thread(process.communicate, timeout=60)
-    return process.returncode, out, err
-
-
 async def test_partition_waits_at_a_newer_batch_and_newer_sinks_apply_all_in_order(deploy):
     port = free_port()
     pipeline = await deploy(partitions=2, metrics_port=port, stuck_seconds=STUCK_SECONDS)
@@ -65,10 +57,10 @@ async def test_partition_waits_at_a_newer_batch_and_newer_sinks_apply_all_in_ord
         assert ask(port, "/live")[0] == 200
         first += 2
 
-    code, out, err = await run(pipeline, "status", "--json")
+    code, out, err = await pipeline.run("status", "--json")
     assert (code, err, ADVICE in out, "holds 1 partitions back" in out) == (1, "", True, True)
     for command in (["replay", "--source", "batches", "--from", "1h ago"], ["refill"]):
-        code, out, err = await run(pipeline, *command)
+        code, out, err = await pipeline.run(*command)
         assert (code, ADVICE in err.splitlines()[-1], "Traceback" in err) == (1, True, False)
     assert await pipeline.table() == rows(k="1", other=str(first - 2))
 
@@ -90,10 +82,10 @@ async def test_why_does_not_skip_a_newer_batch_that_may_be_the_one(deploy):
         assert producer.add(uuid.UUID(AGENT), ["k"], ["v"], [""], T0)
     topic_id = (await require_topics(settings.client_config(), pipeline.topics))["events"].topic_id
     produce_batches(settings, newer("k", "v", 0, topic_id=topic_id))
-    code, out, err = await run(pipeline, "why", AGENT, "k")
+    code, out, err = await pipeline.run("why", AGENT, "k")
     assert (code, out, ADVICE in err, len(err.splitlines())) == (1, "", True, 1)
     produce_batches(settings, batch("k", "v", 0, topic_id=topic_id))  # behind it, and readable
-    _, out, err = await run(pipeline, "why", AGENT, "k", "--json")
+    _, out, err = await pipeline.run("why", AGENT, "k", "--json")
     assert (json.loads(out)["verdict"], err) == ("not_applied", "")
 
 
