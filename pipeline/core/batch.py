@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
 
-from pipeline.core.report import MAX_TIMESTAMP_US, MIN_TIMESTAMP_US, moment_from_us
+from pipeline.core.report import PARSE_ERRORS, clamp_us, moment_from_us
 from pipeline.errors import DecodeError, NewerVersion
 
 # Why a window closed. `scheduled`, `capacity` and `shutdown` are metadatabatcher's labels; `revoked` is ours (a
@@ -43,11 +43,6 @@ class Row(NamedTuple):
     def collected_at(self) -> datetime:
         """The time as a datetime, clamped to years 1 to 9999."""
         return moment_from_us(self.collected_at_us)
-
-    @property
-    def is_storable(self) -> bool:
-        """Tell whether its time is in years 1 to 9999; Postgres holds others, which its readers can't represent."""
-        return MIN_TIMESTAMP_US <= self.collected_at_us <= MAX_TIMESTAMP_US
 
 
 class Columns(NamedTuple):
@@ -158,7 +153,6 @@ class _Versioned(msgspec.Struct):
 _encode: Final = msgspec.json.Encoder().encode
 _decoder: Final = msgspec.json.Decoder(Batch)
 _version_decoder: Final = msgspec.json.Decoder(_Versioned)
-_PARSE_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, TypeError, RecursionError)  # None is a TypeError
 
 
 def encode_batch(batch: Batch) -> bytes:
@@ -174,10 +168,10 @@ def decode_batch(raw: bytes | None) -> Batch:
         DecodeError: not a batch; the message is the reason for the dead letter.
     """
     try:
-        batch = _decoder.decode(raw)  # type: ignore[arg-type]
-    except _PARSE_ERRORS as error:
-        with contextlib.suppress(*_PARSE_ERRORS):
-            _refuse_version(_version_decoder.decode(raw).version)  # type: ignore[arg-type]
+        batch = _decoder.decode(raw)  # type: ignore[arg-type]  # None raises TypeError
+    except PARSE_ERRORS as error:
+        with contextlib.suppress(*PARSE_ERRORS):
+            _refuse_version(_version_decoder.decode(raw).version)  # type: ignore[arg-type]  # as above
         raise DecodeError(f"not a batch: {error}") from error
     _refuse_version(batch.version)
     lengths = {len(column) for column in (batch.keys, batch.values, batch.errors, batch.collected_at_us)}
@@ -199,21 +193,26 @@ def _refuse_version(version: int) -> None:
 def separate_unstorable(batch: Batch) -> tuple[Batch, list[Batch]]:
     """Return the batch without its rows that are not storable, and a batch of one row for each of those.
 
-    Our own workers make no such rows: they clamp times to years 1 to 9999.
+    Storable are times in years 1 to 9999: Postgres holds others, which its readers can't represent. Our own workers
+    make no such rows, as they clamp times.
     """
     times = batch.collected_at_us
-    if not times or (min(times) >= MIN_TIMESTAMP_US and max(times) <= MAX_TIMESTAMP_US):
+    if not times or (_is_storable(min(times)) and _is_storable(max(times))):
         return batch, []
     storable: list[int] = []
     unstorable: list[int] = []
-    for index, row in enumerate(batch.columns.rows()):
-        (storable if row.is_storable else unstorable).append(index)
+    for index, time_us in enumerate(times):
+        (storable if _is_storable(time_us) else unstorable).append(index)
     return _pick(batch, storable), [_pick(batch, [index]) for index in unstorable]
 
 
 def unstorable_reason(collected_at_us: int) -> str:
     """Return the reason for the dead letter of a row that is not storable."""
     return f"a time outside the years 1 to 9999: collected_at_us is {collected_at_us}"
+
+
+def _is_storable(time_us: int) -> bool:
+    return clamp_us(time_us) == time_us
 
 
 def _pick(batch: Batch, indexes: Sequence[int]) -> Batch:

@@ -64,13 +64,17 @@ _encode: Final = msgspec.json.Encoder().encode
 def timestamp_us(moment: datetime) -> int:
     """Convert an aware datetime to microseconds since the Unix epoch, exactly, clamped to years 1 to 9999."""
     delta = moment - _EPOCH
-    exact = (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
-    return min(max(exact, MIN_TIMESTAMP_US), MAX_TIMESTAMP_US)
+    return clamp_us((delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds)
 
 
 def moment_from_us(timestamp_us: int) -> datetime:
     """Convert microseconds since the Unix epoch to a datetime in UTC, exactly, clamped to years 1 to 9999."""
-    return _EPOCH + timedelta(microseconds=min(max(timestamp_us, MIN_TIMESTAMP_US), MAX_TIMESTAMP_US))
+    return _EPOCH + timedelta(microseconds=clamp_us(timestamp_us))
+
+
+def clamp_us(timestamp_us: int) -> int:
+    """Return the nearest time in years 1 to 9999, in microseconds since the Unix epoch."""
+    return min(max(timestamp_us, MIN_TIMESTAMP_US), MAX_TIMESTAMP_US)
 
 
 def canonical_agent_id(text: str) -> str:

@@ -7,7 +7,7 @@ import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from asyncpg import Connection
@@ -164,7 +164,7 @@ async def gather_status(
                 *sink[number],
                 applied[number]["updated_at"] if number in applied else None,
                 _why_unreadable(first_batches[number]) if number in first_batches else None,
-                groups.events[number].end - groups.events[number].stable,
+                groups.events[number].uncommitted,
                 open_for[number],
             )
             for number in sorted(groups.events)
@@ -204,10 +204,7 @@ async def _lags(
 ) -> tuple[dict[int, LagNow], Mapping[int, _First]]:
     starts = {number: max(at.earliest, positions.get(number, at.earliest)) for number, at in ends.items()}
     waiting = {number: at for number, at in starts.items() if at < ends[number].stable}
-    first: Mapping[int, _First] = {}
-    if waiting:
-        async with RangeReader(settings.client_config(), topic.name) as reader:
-            first = await asyncio.to_thread(_first_waiting, reader, waiting)
+    first = await _first_records(settings.client_config(), topic, waiting)
     lags = {
         number: LagNow(max(0, ends[number].stable - at), first[number].waited if number in first else 0.0)
         for number, at in starts.items()
@@ -217,17 +214,23 @@ async def _lags(
 
 async def _open_for(settings: Settings, topic: TopicFacts, offsets: OffsetsByPartition) -> dict[int, float]:
     """Return how many seconds ago the first open transaction of each partition began; 0 where there is none."""
-    begins = {number: at.stable for number, at in offsets.items() if at.stable < at.end}
-    first: Mapping[int, _First] = {}
-    if begins:
-        config = {**settings.client_config(), "isolation.level": "read_uncommitted"}
-        async with RangeReader(config, topic.name) as reader:
-            first = await asyncio.to_thread(_first_waiting, reader, begins)
+    begins = {number: at.stable for number, at in offsets.items() if at.uncommitted}
+    config = {**settings.client_config(), "isolation.level": "read_uncommitted"}
+    first = await _first_records(config, topic, begins)
     return {number: first[number].waited if number in first else 0.0 for number in offsets}
 
 
-def _first_waiting(reader: RangeReader, positions: Mapping[int, int]) -> dict[int, _First]:
+async def _first_records(
+    config: Mapping[str, Any], topic: TopicFacts, positions: Mapping[int, int]
+) -> Mapping[int, _First]:
     """Read the record at each position."""
+    if not positions:
+        return {}
+    async with RangeReader(config, topic.name) as reader:
+        return await asyncio.to_thread(_read_first, reader, positions)
+
+
+def _read_first(reader: RangeReader, positions: Mapping[int, int]) -> dict[int, _First]:
     found = {}
     for number, at in positions.items():
         reader.open(OffsetRange(number, at, at + 1))

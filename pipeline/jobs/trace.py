@@ -50,7 +50,7 @@ async def trace(
     search = _Search(agent_id, key, settings.max_clock_skew)
     with KafkaAdmin(config) as admin:
         offsets = await admin.offsets(events.name, range(events.partitions), ANSWER_SECONDS)
-    result.uncommitted = sum(partition.end - partition.stable for partition in offsets.values())
+    result.uncommitted = sum(partition.uncommitted for partition in offsets.values())
     async with RangeReader(config, events.name) as reader:
         event = result.event = await asyncio.to_thread(_newest_event, reader, events, search, on_searched)
     if event is not None:

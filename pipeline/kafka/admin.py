@@ -63,6 +63,11 @@ class Offsets(NamedTuple):
     stable: int
     end: int
 
+    @property
+    def uncommitted(self) -> int:
+        """How many offsets are in or behind an open transaction."""
+        return self.end - self.stable
+
 
 class KafkaAdmin:
     """An AdminClient whose errors say why Kafka is unavailable.

@@ -117,10 +117,10 @@ class ChunkReader:
                 self.position = max(self.position, await self._consumer.position(self._partition))
 
     def _slices(self, chunks: Sequence[Chunk]) -> Iterator[list[Record]]:
+        refused: list[Record] = []
         for chunk in chunks:
-            refused: list[Record] = []
-            for decoded in chunk.slices(lambda record, _: refused.append(record)):  # noqa: B023  # called at once
-                records, refused = decoded or refused, []
+            for decoded in chunk.slices(lambda record, _: refused.append(record)):
+                records = decoded or [refused.pop()]  # an empty list follows each that is refused
                 if records[-1].offset >= self._end:
                     records = list(takewhile(lambda record: record.offset < self._end, records))
                 if records:

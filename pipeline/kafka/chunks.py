@@ -89,7 +89,6 @@ class PartitionChunks:
         # (producer id, first offset) of each aborted transaction that the response may hold, by offset.
         self._aborted: deque[tuple[int, int]] = deque(partition_records._aborted_transactions)
         self._aborted_producers: set[int] = set()
-        self._may_abort = bool(self._aborted)
         self.next_fetch_offset: int = partition_records.next_fetch_offset
         # A generator that refers back to its owner and is never run here. Without this each response would stay in
         # memory until Python looks for cycles, which object counts trigger: a few large records don't.
@@ -105,7 +104,8 @@ class PartitionChunks:
             batch = self._records.next_batch()
             if self._check_crcs and not batch.validate_crc():
                 raise CorruptRecordException(f"a record batch of {self._tp} fails its CRC check")
-            if not (self._may_abort and self._is_aborted(batch)) and not batch.is_control_batch:
+            is_filtering = self._aborted or self._aborted_producers
+            if not (is_filtering and self._is_aborted(batch)) and not batch.is_control_batch:
                 batches.append(batch)
             self.next_fetch_offset = batch.next_offset
         if self.next_fetch_offset == start:
@@ -152,4 +152,5 @@ def fetch_in_chunks(consumer: AIOKafkaConsumer) -> None:
 def _bound_unpacking() -> None:
     """Replace the functions that aiokafka unpacks with; snappy's format itself allows at most 22 times the size."""
     decoder = sys.modules[default_records.DefaultRecordBatch.__module__]
-    decoder.gzip_decode, decoder.lz4_decode, decoder.zstd_decode = unpack_gzip, unpack_lz4, unpack_zstd  # type: ignore[attr-defined]
+    for name, unpack in (("gzip", unpack_gzip), ("lz4", unpack_lz4), ("zstd", unpack_zstd)):
+        setattr(decoder, f"{name}_decode", unpack)

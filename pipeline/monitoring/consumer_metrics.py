@@ -51,38 +51,32 @@ class ConsumerMetrics:
     def __init__(self, registry: CollectorRegistry, topic: str, now: Callable[[], float] = time.time) -> None:
         # Replaced as a whole: a scrape, which has a thread of its own, sees one look or the next.
         self.lags: Mapping[int, Lag] = {}
-        PartitionGauges(
+
+        def gauges(name: str, documentation: str, value: Callable[[Lag], float]) -> None:
+            def read() -> dict[int, float]:
+                return {partition: value(lag) for partition, lag in self.lags.items()}
+
+            PartitionGauges(name, documentation, read, topic=topic, registry=registry)
+
+        gauges(
             "lag_records",
             "Records that are in Kafka and not yet folded (worker) or not yet applied (sink).",
-            lambda: {partition: lag.records for partition, lag in self.lags.items()},
-            topic=topic,
-            registry=registry,
+            lambda lag: lag.records,
         )
-        PartitionGauges(
+        gauges(
             "lag_age_seconds",
             "How long the oldest of these records has been in Kafka, to within seconds; 0 if there is none.",
-            lambda: {
-                partition: max(0.0, now() - lag.since) if lag.records else 0.0 for partition, lag in self.lags.items()
-            },
-            topic=topic,
-            registry=registry,
+            lambda lag: max(0.0, now() - lag.since) if lag.records else 0.0,
         )
-        PartitionGauges(
+        gauges(
             "uncommitted_records",
             "Records that wait in Kafka, in or behind an open transaction; they are not part of the lag.",
-            lambda: {partition: lag.uncommitted for partition, lag in self.lags.items()},
-            topic=topic,
-            registry=registry,
+            lambda lag: lag.uncommitted,
         )
-        PartitionGauges(
+        gauges(
             "uncommitted_seconds",
             "How long the first open transaction has been seen; 0 if there is none.",
-            lambda: {
-                partition: max(0.0, now() - lag.uncommitted_since) if lag.uncommitted else 0.0
-                for partition, lag in self.lags.items()
-            },
-            topic=topic,
-            registry=registry,
+            lambda lag: max(0.0, now() - lag.uncommitted_since) if lag.uncommitted else 0.0,
         )
         self.outage_seconds = Gauge(
             f"{PREFIX}outage_seconds",
