@@ -35,21 +35,27 @@ class KafkaCluster:
         """Addresses of all nodes."""
         return ",".join(node.bootstrap_servers for node in self.nodes.values())
 
-    def brokers(self) -> set[int]:
-        """Return the ids of the nodes that the cluster counts as alive."""
-        return set(self._admin().list_topics(timeout=10).brokers)
-
     def wait_alive(self, numbers: set[int], seconds: float = 60.0) -> None:
-        """Return when these nodes are alive, and no others: the cluster notices a killed node after some seconds."""
+        """Return when each of these nodes knows of all of them, and of no others; a killed one is missed after seconds.
+
+        Only then is it the same for a client which of them answers it: topics get as many replicas as it knows nodes.
+        """
         deadline = time.monotonic() + seconds
-        while (alive := self.brokers()) != numbers:
-            assert time.monotonic() < deadline, f"{alive} are alive after {seconds:g} s, not {numbers}"
-            time.sleep(0.1)
+        for number in numbers:  # each node: one may know of the others before they know of it
+            while (alive := self._alive_to(number)) != numbers:
+                assert time.monotonic() < deadline, f"{alive} are alive after {seconds:g} s, not {numbers}"
+                time.sleep(0.1)
 
     def leaders(self, topic: str) -> list[int]:
         """Return the node that leads each partition; -1 where none does."""
         partitions = self._admin().list_topics(topic, timeout=10).topics[topic].partitions
         return [partitions[number].leader for number in sorted(partitions)]
+
+    def _alive_to(self, number: int) -> set[int]:
+        """Return the ids of the nodes that one of them counts as alive."""
+        address = self.nodes[number].bootstrap_servers
+        answering = AdminClient({"bootstrap.servers": address, "log_level": 0})
+        return set(answering.list_topics(timeout=10).brokers)
 
     def _admin(self) -> AdminClient:
         return AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
