@@ -17,7 +17,7 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from pipeline.core.printable import printable
-from pipeline.core.report import canonical_agent_id
+from pipeline.core.report import agent_uuid
 from pipeline.errors import ConfigError, DecodeError
 from pipeline.monitoring.logs import configure_logging
 from pipeline.settings import Settings, load_settings
@@ -107,6 +107,6 @@ def canonical_agents(agents: Sequence[str] | None, *, name: str = "--agent") -> 
         ConfigError: one is not a UUID.
     """
     try:
-        return frozenset(canonical_agent_id(text) for text in agents or ())
+        return frozenset(agent_uuid(text) for text in agents or ())
     except DecodeError as error:
         raise ConfigError(f"{name}: {error}") from None

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.console import CommandGroup, JsonOption, command_settings, complain, print_json, run_job
-from pipeline.core.report import Report, canonical_agent_id, decode_report
+from pipeline.core.report import Report, agent_uuid, decode_report
 from pipeline.errors import DecodeError, PipelineError
 from pipeline.kafka.topics import require_topics
 from pipeline.local.simulate import Simulated, reports, send_at_pace
@@ -110,7 +110,7 @@ def _add(producer: MetadataProducer, report: Report) -> bool:
         now = datetime.now().astimezone()
         times = [entry.collected_at or report.collected_at or now for entry in entries]
     return producer.add(
-        uuid.UUID(canonical_agent_id(report.agent_id)),
+        uuid.UUID(agent_uuid(report.agent_id)),
         [entry.key for entry in entries],
         [entry.value for entry in entries],
         [entry.error for entry in entries],

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import islice
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
 
-from pipeline.core.report import PARSE_ERRORS, clamp_us, moment_from_us
+from pipeline.core.report import MAX_AGENT_CHARS, PARSE_ERRORS, clamp_us, moment_from_us
 from pipeline.errors import DecodeError, NewerVersion
 
 # Why a window closed. `scheduled`, `capacity` and `shutdown` are metadatabatcher's labels; `revoked` is ours (a
@@ -28,6 +28,7 @@ MAX_COLUMNS_BYTES: Final = 900_000
 # the quoted id, a 17-digit time, separators.
 _MAX_JSON_BYTES_PER_CHAR: Final = 6
 _ROW_BYTES: Final = 110
+_NAME_CHARS: Final = 42  # what a name takes besides itself: the quoted id, separators
 
 
 class Row(NamedTuple):
@@ -79,6 +80,8 @@ class Columns(NamedTuple):
 _Partition = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _Offset = Annotated[int, msgspec.Meta(ge=0, lt=2**63 - 1)]
 _Name = Annotated[str, msgspec.Meta(pattern=r"\A[^\0]*\Z")]
+_AgentName = Annotated[str, msgspec.Meta(pattern=r"\A[^\0]+\Z", max_length=MAX_AGENT_CHARS)]
+_AgentId = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -104,8 +107,8 @@ class WindowSpan(msgspec.Struct, frozen=True):
 class Batch(msgspec.Struct, frozen=True):
     """Part `part` of `parts` of a window's rows; the source range counts as applied with the last part only.
 
-    `reason` is a Reason, or the one of a newer worker. Shape: the five columns have the same length, as unnest
-    requires.
+    `reason` is a Reason, or the one of a newer worker. `names` has, by id, the names of those of its agents that are
+    called by one. Shape: the five columns have the same length, as unnest requires.
     """
 
     source: Source
@@ -119,6 +122,7 @@ class Batch(msgspec.Struct, frozen=True):
     errors: list[str]
     collected_at_us: list[int]
     version: int = BATCH_VERSION
+    names: dict[_AgentId, _AgentName] = {}
 
     @property
     def reason_label(self) -> str:
@@ -219,35 +223,49 @@ def _pick(batch: Batch, indexes: Sequence[int]) -> Batch:
     return msgspec.structs.replace(batch, **batch.columns.pick(indexes)._asdict())
 
 
-def split(rows: Sequence[Row], *, source: Source, window: WindowSpan, reason: Reason, batch_size: int) -> list[Batch]:
+def split(
+    rows: Sequence[Row],
+    *,
+    source: Source,
+    window: WindowSpan,
+    reason: Reason,
+    batch_size: int,
+    names: Mapping[str, str] | None = None,
+) -> list[Batch]:
     """Cut a closed window into batches of at most `batch_size` rows and about 900 kB of JSON, in row order.
 
-    Guarantee: every row is in exactly one part; no rows give no parts.
+    Guarantee: every row is in exactly one part, with its agent's name from `names`, if that has it; no rows give no
+    parts.
     """
-    parts = list(_parts(rows, batch_size))
+    names = names or {}
+    parts = list(_parts(rows, batch_size, names))
     batches = []
     for number, part in enumerate(parts, start=1):
         agent_ids, keys, values, errors, collected_at_us = (list(column) for column in zip(*part, strict=True))
-        batches.append(
-            Batch(source, window, reason, number, len(parts), agent_ids, keys, values, errors, collected_at_us)
-        )
+        named = {agent_id: names[agent_id] for agent_id in dict.fromkeys(agent_ids) if agent_id in names}
+        columns = (agent_ids, keys, values, errors, collected_at_us)
+        batches.append(Batch(source, window, reason, number, len(parts), *columns, names=named))
     return batches
 
 
-def _parts(rows: Sequence[Row], batch_size: int) -> Iterator[Sequence[Row]]:
+def _parts(rows: Sequence[Row], batch_size: int, names: Mapping[str, str]) -> Iterator[Sequence[Row]]:
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         chars = sum([len(row.key) + len(row.value) + len(row.error) for row in part])
+        if names:  # each at most once, but at most as often as this
+            chars += sum([len(names.get(row.agent_id, "")) + _NAME_CHARS for row in part])
         if chars * _MAX_JSON_BYTES_PER_CHAR + len(part) * _ROW_BYTES <= MAX_COLUMNS_BYTES:
             yield part
         else:
-            yield from _parts_by_size(part)
+            yield from _parts_by_size(part, names)
 
 
-def _parts_by_size(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+def _parts_by_size(rows: Sequence[Row], names: Mapping[str, str]) -> Iterator[Sequence[Row]]:
     start, total = 0, 0
     for index, row in enumerate(rows):
         size = _ROW_BYTES + len(_encode((row.key, row.value, row.error)))
+        if row.agent_id in names:
+            size += _NAME_CHARS + len(_encode(names[row.agent_id]))
         if total + size > MAX_COLUMNS_BYTES and index > start:
             yield rows[start:index]
             start, total = index, 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from typing import Final, Literal, NamedTuple
 
 from pipeline.core.batch import Row, decode_batch, separate_unstorable, unstorable_reason
+from pipeline.core.decoding import RecordDecoder, fold_loading
 from pipeline.core.record import CREATE_TIME, KafkaRecord
 from pipeline.core.report import Entry, Report
 from pipeline.core.window import UNLIMITED, OpenWindow
@@ -85,7 +86,7 @@ class DeadLetter(NamedTuple):
 
     @property
     def agent(self) -> str:
-        """The record key, which is the agent's id if the producer kept to the contract."""
+        """The record key, which is the agent's id or name if the producer kept to the contract."""
         return (self.key or b"").decode(errors="replace")
 
     @property
@@ -125,7 +126,7 @@ def source_text(topic: str, partition: int | str, offset: int | str) -> str:
     return f"{topic}[{partition}]@{offset}"
 
 
-def restore(letter: DeadLetter, *, max_clock_skew: timedelta) -> list[Report]:
+def restore(letter: DeadLetter, *, max_clock_skew: timedelta, decoder: RecordDecoder | None = None) -> list[Report]:
     """Turn a dead letter back into reports, by the worker's own rules.
 
     Guarantee: each entry gets the time that counted when the original record was appended (the record's, if it has
@@ -133,14 +134,18 @@ def restore(letter: DeadLetter, *, max_clock_skew: timedelta) -> list[Report]:
 
     Raises:
         DecodeError: it would be refused again; the message is the reason.
+        ServiceUnavailable, ConfigError: the schema registry does not answer, or refuses us.
     """
-    window = OpenWindow(0.0, capacity=UNLIMITED, max_clock_skew=max_clock_skew)
+    decoder = decoder or RecordDecoder()
+    window = OpenWindow(0.0, capacity=UNLIMITED, max_clock_skew=max_clock_skew, decoder=decoder)
     # CreateTime, as the fold then judges the record by its own timestamp, whichever clock that was.
-    original = KafkaRecord(letter.offset, letter.timestamp_ms, letter.key, letter.value, timestamp_type=CREATE_TIME)
-    window.fold([original])
+    original = KafkaRecord(
+        letter.offset, letter.timestamp_ms, letter.key, letter.value, tuple(letter.original), CREATE_TIME
+    )
+    fold_loading(window, decoder, [original])
     closed = window.close("scheduled", 0.0)
     if not closed.rejected:
-        return list(_reports(closed.rows))
+        return list(_reports(closed.rows, closed.names))
     if letter.stage == "sink":
         try:
             batch, unstorable = separate_unstorable(decode_batch(letter.value))
@@ -152,15 +157,15 @@ def restore(letter: DeadLetter, *, max_clock_skew: timedelta) -> list[Report]:
             if unstorable:
                 raise DecodeError(unstorable_reason(unstorable[0].collected_at_us[0]))
             # One report per row: an agent's keys together may exceed what one report can carry.
-            return [report for row in batch.columns.rows() for report in _reports([row])]
+            return [report for row in batch.columns.rows() for report in _reports([row], batch.names)]
     raise DecodeError(closed.rejected[0].reason)
 
 
-def _reports(rows: Sequence[Row]) -> Iterator[Report]:
+def _reports(rows: Sequence[Row], names: Mapping[str, str]) -> Iterator[Report]:
     """Make one report per agent of rows sorted by agent."""
     for agent_id, agent_rows in groupby(rows, key=lambda row: row.agent_id):
         entries = [Entry(row.key, row.value, row.error, row.collected_at) for row in agent_rows]
-        yield Report(agent_id, entries)
+        yield Report(names.get(agent_id, agent_id), entries)
 
 
 def rfc3339(timestamp_ms: int) -> str:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import uuid
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
+from pipeline.core.values import MAX_ERROR_BYTES as MAX_ERROR_BYTES
+from pipeline.core.values import MAX_VALUE_BYTES as MAX_VALUE_BYTES
+from pipeline.core.values import as_text, limit_value, storable, utf8_length
 from pipeline.errors import DecodeError
 
-# Source of the limits: coder's agent API (coderd/agentapi/metadata.go); all but the last in bytes of UTF-8.
-MAX_VALUE_BYTES: Final = 2048
-MAX_ERROR_BYTES: Final = 2048
-MAX_REPORT_KEYS_BYTES: Final = 6144
+MAX_REPORT_KEYS_BYTES: Final = 6144  # of UTF-8. Source: coder's agent API
 MAX_KEY_CHARS: Final = 127  # the column is varchar(127)
+MAX_AGENT_CHARS: Final = 255  # a host name has at most 253
+# uuid5 of this and an agent's name is its id. It must never change: rows hold the ids.
+AGENT_NAMESPACE: Final = uuid.UUID("7be3ceb6-cc9f-5329-a991-cfd51de72bc0")
 
 # 0001-01-01T00:00:00Z: the column's default ("never collected"), and Python's and Go's earliest time.
 MIN_TIMESTAMP_US: Final = -62_135_596_800_000_000
@@ -26,7 +29,6 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # Spellings of agent ids to remember; at about 200 bytes each, 20 MB.
 MAX_KNOWN_AGENTS: Final = 100_000
 BACKSLASH: Final = ord("\\")
-_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 # A record this short and without escapes is within the limits: JSON is never shorter than what it encodes, and NUL
 # can't be written without an escape. Only the keys' length in characters is left to check.
 SHORT_BYTES: Final = min(MAX_VALUE_BYTES, MAX_ERROR_BYTES, MAX_REPORT_KEYS_BYTES)
@@ -47,18 +49,51 @@ class Entry(msgspec.Struct, gc=False, omit_defaults=True):
 
 
 class Report(msgspec.Struct, gc=False, omit_defaults=True):
-    """What one agent sent at once; without a `collected_at` the Kafka record's timestamp counts."""
+    """What one agent sent at once; without a `collected_at` the Kafka record's timestamp counts.
+
+    `agent_id` is a UUID in any spelling, or the agent's name.
+    """
 
     agent_id: str
     entries: list[Entry]
     collected_at: Timestamp | None = None
 
 
-_decoder: Final = msgspec.json.Decoder(Report)
+class AnyEntry(Entry):
+    """An entry whose value, or error, may be anything; `parse_any_report` makes a text of it."""
+
+    value: Any = ""
+    error: Any = ""
+
+
+class AnyReport(Report):
+    """A report of such entries; its agent may be called by a number."""
+
+    agent_id: str | int  # type: ignore[assignment]  # until parse_any_report has made a text of it
+    entries: list[AnyEntry]  # type: ignore[assignment]  # a list of Entry to all who read it
+
+
 # The bare parser for loops over many records: raises one of PARSE_ERRORS, and applies no limits.
-parse_report: Final = _decoder.decode
+parse_report: Final = msgspec.json.Decoder(Report).decode
+_parse_any: Final = msgspec.json.Decoder(AnyReport).decode
 PARSE_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, TypeError, RecursionError)
 _encode: Final = msgspec.json.Encoder().encode
+
+
+def parse_any_report(raw: bytes | str) -> AnyReport:
+    """Parse a report whose values may be numbers, booleans, null, objects or lists, as text; else like parse_report."""
+    report = _parse_any(raw)
+    if report.agent_id.__class__ is not str:
+        report.agent_id = str(report.agent_id)
+    try:
+        for entry in report.entries:
+            if entry.value.__class__ is not str:
+                entry.value = as_text(entry.value)
+            if entry.error.__class__ is not str:
+                entry.error = as_text(entry.error)
+    except ValueError as error:  # a number of thousands of digits
+        raise TypeError(str(error)) from None
+    return report
 
 
 def timestamp_us(moment: datetime) -> int:
@@ -77,45 +112,80 @@ def clamp_us(timestamp_us: int) -> int:
     return min(max(timestamp_us, MIN_TIMESTAMP_US), MAX_TIMESTAMP_US)
 
 
-def canonical_agent_id(text: str) -> str:
-    """Return the UUID in its canonical form: lower case, four dashes.
+def agent_uuid(text: str) -> str:
+    """Return the id of an agent that calls itself so: a UUID in its canonical form (lower case, four dashes).
+
+    A UUID in any spelling is itself; any other text is a name, whose id is uuid5(AGENT_NAMESPACE, name). So the id of a
+    name needs no look-up, by any program.
 
     Raises:
-        DecodeError: not a UUID.
+        DecodeError: the text is empty, or longer than 255 characters.
     """
+    return _identify(text)[0]
+
+
+def _identify(text: str) -> tuple[str, str | None]:
+    """Return an agent's id, and its name if it is called by one."""
     try:
-        return str(uuid.UUID(text))
+        return str(uuid.UUID(text)), None
     except ValueError:
-        raise DecodeError(f"agent_id is not a UUID: {text[:64]!r}") from None
+        pass
+    name = storable(text)
+    if not 0 < len(name) <= MAX_AGENT_CHARS:
+        raise DecodeError(f"agent_id has {len(name)} characters; it must have 1 to {MAX_AGENT_CHARS}: {name[:64]!r}")
+    return str(uuid.uuid5(AGENT_NAMESPACE, name)), name
 
 
 class AgentIds:
-    """Canonical agent ids by their spelling, so that a UUID is parsed once and not in every report.
+    """Agents' ids by their spelling, so that a UUID is parsed once and not in every report; and names by id.
 
-    Loops over many records look in `known` first, a plain dictionary, and call `learn` for what it lacks.
+    Loops over many records look in `known` first, a plain dictionary, and call `learn` for what it lacks. `names` has
+    the name of each agent in `known` that is called by one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, uuids_only: bool = False) -> None:
+        """Begin without any; `uuids_only`: names are refused."""
+        self._uuids_only = uuids_only
         self.known: dict[str, str] = {}
+        self.names: dict[str, str] = {}
 
     def learn(self, text: str) -> str:
-        """Return the canonical form of a spelling and remember it; when 100,000 are known, forget all of them first.
+        """Return the id of an agent and remember it; when 100,000 are known, forget all of them first.
 
         Raises:
-            DecodeError: not a UUID.
+            DecodeError: it can't be an agent's id or name.
         """
-        agent_id = canonical_agent_id(text)
+        agent_id, name = _identify(text)
+        if name is not None and self._uuids_only:
+            raise DecodeError(f"agent_id is not a UUID: {name[:64]!r}")
         if len(self.known) >= MAX_KNOWN_AGENTS:
             self.known.clear()
+            self.names.clear()
         self.known[text] = agent_id
+        if name is not None:
+            self.names[agent_id] = name
         return agent_id
 
 
 def decode_report(raw: bytes | None) -> tuple[Report, str | None]:
     """Decode one record value; return the report and, if part of it was left out, the reason.
 
-    Lone surrogates and NUL become U+FFFD, which Postgres can store; long values and errors are cut as coder's
-    agent API cuts them. `agent_id` keeps its spelling, and single keys are not checked.
+    Raises:
+        DecodeError: see read_report.
+    """
+    report, problem = read_report(raw)
+    if isinstance(report, AnyReport):
+        entries = [Entry(*(getattr(entry, name) for name in Entry.__struct_fields__)) for entry in report.entries]
+        report = Report(str(report.agent_id), entries, report.collected_at)
+    return report, problem
+
+
+def read_report(raw: bytes | None) -> tuple[Report, str | None]:
+    """Decode as decode_report does; the report is an AnyReport if it was not plain.
+
+    Values that are no text become text (see values.as_text). Lone surrogates and NUL become U+FFFD, which Postgres can
+    store; long values and errors are cut as coder's agent API cuts them. `agent_id` keeps its spelling, and single keys
+    are not checked.
 
     Raises:
         DecodeError: not a report; the message is the reason for the dead letter.
@@ -124,8 +194,11 @@ def decode_report(raw: bytes | None) -> tuple[Report, str | None]:
         raise DecodeError("the record has no value (a tombstone)")
     try:
         report = parse_report(raw)
-    except PARSE_ERRORS as error:
-        report = _decode_with_lone_surrogates(raw, error)
+    except PARSE_ERRORS:
+        try:
+            report = parse_any_report(raw)
+        except PARSE_ERRORS as error:
+            report = _decode_with_lone_surrogates(raw, error)
     is_within_limits = len(raw) <= SHORT_BYTES and BACKSLASH not in raw
     return report, None if is_within_limits else apply_limits(report)
 
@@ -136,8 +209,8 @@ def _decode_with_lone_surrogates(raw: bytes, cause: Exception) -> Report:
         try:
             text = json.dumps(json.loads(raw), ensure_ascii=False)
             well_formed = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            return _decoder.decode(well_formed)
-        except (ValueError, RecursionError, msgspec.MsgspecError):
+            return parse_any_report(well_formed)
+        except (ValueError, TypeError, RecursionError, msgspec.MsgspecError):
             pass  # the first error is more helpful
     reason = "nested too deeply" if isinstance(cause, RecursionError) else str(cause)
     raise DecodeError(f"not a report: {reason}") from cause
@@ -151,30 +224,14 @@ def apply_limits(report: Report) -> str | None:
     """
     total = 0
     for index, entry in enumerate(report.entries):
-        entry.key = _storable(entry.key)
+        entry.key = storable(entry.key)
         entry.value, entry.error = limit_value(entry.value, entry.error)
-        total += _utf8_length(entry.key)
+        total += utf8_length(entry.key)
         if total > MAX_REPORT_KEYS_BYTES:
             left_out = len(report.entries) - index
             del report.entries[index:]
             return f"keys exceeded {MAX_REPORT_KEYS_BYTES} bytes: the last {left_out} entries were left out"
     return None
-
-
-def limit_value(value: str, error: str) -> tuple[str, str]:
-    """Return value and error within their limits, storable by Postgres.
-
-    Guarantee: a value is cut at a character boundary, at most three bytes below the limit.
-    Source: the error texts are coder's (coderd/agentapi/metadata.go); its dashboards show them.
-    """
-    value, error = _storable(value), _storable(error)
-    value_bytes, error_bytes = _utf8_length(value), _utf8_length(error)
-    if value_bytes > MAX_VALUE_BYTES:
-        value = value.encode()[:MAX_VALUE_BYTES].decode(errors="ignore")
-        error = f"value of {value_bytes} bytes exceeded {MAX_VALUE_BYTES} bytes"
-    if error_bytes > MAX_ERROR_BYTES:
-        error = f"error of {error_bytes} bytes exceeded {MAX_ERROR_BYTES} bytes"
-    return value, error
 
 
 def key_problem(key: str) -> str | None:
@@ -187,19 +244,3 @@ def key_problem(key: str) -> str | None:
 def encode_report(report: Report) -> bytes:
     """Encode a report as the value of a Kafka record (UTF-8 JSON)."""
     return _encode(report)
-
-
-def _utf8_length(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
-
-
-def _storable(text: str) -> str:
-    if "\0" in text:
-        text = text.replace("\0", _REPLACEMENT)
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from datetime import timedelta
 
-from pipeline.core.report import AgentIds
+from pipeline.core.decoding import RecordDecoder
 from pipeline.core.window import UNLIMITED, OpenWindow
 
 
@@ -31,14 +31,14 @@ class TumblingWindows:
     max_clock_skew: timedelta
     max_bytes: int = UNLIMITED
 
-    def open(self, start: float, agent_ids: AgentIds) -> OpenWindow:
-        """Open a window; a partition's windows share `agent_ids`."""
+    def open(self, start: float, decoder: RecordDecoder) -> OpenWindow:
+        """Open a window; a partition's windows share `decoder`."""
         return OpenWindow(
             start,
             capacity=self.capacity,
             max_bytes=self.max_bytes,
             max_clock_skew=self.max_clock_skew,
-            agent_ids=agent_ids,
+            decoder=decoder,
         )
 
     def full_end(self, now: float) -> float:

@@ -2,61 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal, NamedTuple
+from datetime import datetime, timedelta
+from typing import Any, Final, NamedTuple
 
 from pipeline.core.batch import Reason, Row
-from pipeline.core.record import LOG_APPEND_TIME, Record
+from pipeline.core.decoding import RecordDecoder, SchemaId, SchemaNeeded
+from pipeline.core.record import BelievedTimes, Record, Rejected, RejectedKind
 from pipeline.core.report import (
     BACKSLASH,
-    MAX_TIMESTAMP_US,
     PARSE_ERRORS,
     SHORT_BYTES,
-    AgentIds,
     Entry,
+    Report,
     apply_limits,
-    decode_report,
     key_problem,
-    parse_report,
     timestamp_us,
 )
 from pipeline.errors import DecodeError
 
 # The capacity of a window that never fills.
 UNLIMITED: Final = sys.maxsize
-# Smaller reports are not measured: their pairs take a few hundred bytes, whatever they hold.
+# Smaller reports are not measured: their pairs take a few hundred bytes.
 _UNMEASURED_BYTES: Final = 512
-_UNMEASURED_ENTRY_BYTES: Final = 128
-# What sends a record from the fast path to the careful one: it can't be used, or its agent is new.
+_UNMEASURED_ENTRY_BYTES: Final = 128  # of JSON
+_UNMEASURED_TEXT_BYTES: Final = 256  # in memory, where three empty texts take 150
+# What sends a record from the fast path to the careful one: it is not plain, or its agent is new.
 _UNCOMMON: Final = (*PARSE_ERRORS, KeyError, DecodeError)
 _Held = dict[str, tuple[datetime, Entry]]
-_NEVER: Final = datetime.min.replace(tzinfo=UTC)
-# Rejected records stay in memory until they are dead-lettered. Source: the size of the largest record in the events
-# topic by default.
+# Rejected records stay in memory until they are dead-lettered. Source: a topic's largest record by default.
 MAX_REJECTED_BYTES: Final = 1_000_000
-
-RejectedKind = Literal["undecodable", "over_limit"]
-
-
-class Rejected(NamedTuple):
-    """A record to dead-letter, as all or some of its entries can't be used."""
-
-    record: Record
-    reason: str
-    kind: RejectedKind = "undecodable"
-
-    @property
-    def size(self) -> int:
-        """Bytes of its value."""
-        return len(self.record.value or b"")
 
 
 class ClosedWindow(NamedTuple):
     """A partition's data between two closes; `first` to `last` are its source offsets, both included.
 
+    `names` has, by id, the names of agents in `rows` that are called by one.
     Units: `start` and `end` in seconds since the Unix epoch.
     """
 
@@ -69,6 +51,7 @@ class ClosedWindow(NamedTuple):
     rejected: list[Rejected]
     entries: int
     clamped: int
+    names: dict[str, str]
 
     @property
     def is_heavy(self) -> bool:
@@ -80,8 +63,9 @@ class OpenWindow:
     """Folds records of one partition, in offset order, keeping the latest entry per (agent_id, key).
 
     Guarantee: deterministic; reads no clock. An entry replaces the previous one unless it is strictly older, so on
-    equal collected_at the later offset wins (metadatabatcher's rule). A report is never split between two windows.
-    Memory: at most `capacity` pairs, and at most `max_bytes`, plus one report, in those of large reports.
+    equal collected_at the later offset wins (metadatabatcher's rule). A record is never split between two windows.
+    `names` has, by id, the names of its agents that are called by one.
+    Memory: at most `capacity` pairs, and at most `max_bytes`, plus one record, in those of large reports.
     """
 
     def __init__(
@@ -91,7 +75,7 @@ class OpenWindow:
         capacity: int,
         max_clock_skew: timedelta,
         max_bytes: int = UNLIMITED,
-        agent_ids: AgentIds | None = None,
+        decoder: RecordDecoder | None = None,
     ) -> None:
         self.start = start
         self.pairs = 0
@@ -99,15 +83,16 @@ class OpenWindow:
         self.first: int | None = None
         self.last: int = -1
         self.rejected: list[Rejected] = []
-        self.clamped = 0
+        self.schema_needed: SchemaId | None = None
         self._rejected_bytes = 0
         self._capacity = capacity
         self._max_bytes = max_bytes
         self._large_bytes = 0  # an upper bound of what the pairs of large reports take
-        self._max_clock_skew = max_clock_skew
+        self._times = BelievedTimes(max_clock_skew)
         self._agents: dict[str, _Held] = {}
-        agent_ids = agent_ids or AgentIds()
-        self._known, self._learn = agent_ids.known, agent_ids.learn
+        self.names: dict[str, str] = {}
+        self._decoder = decoder or RecordDecoder()
+        self._decoder.reset()
 
     @property
     def is_full(self) -> bool:
@@ -131,19 +116,20 @@ class OpenWindow:
         """Fold `records[start:]` until all are done or the window is full; return the index of the next one.
 
         Shape: `records` are of one record batch. One that can't be used goes to `rejected`; the others are not
-        affected.
+        affected. It also ends in front of a record for which `schema_needed` is to be loaded, and is None otherwise.
         """
         # The hot loop, one turn per entry: names are local, and rare cases are handled in methods.
-        agents, known, capacity = self._agents, self._known, self._pairs_allowed
+        agents, capacity, parse = self._agents, self._pairs_allowed, self._decoder.parse
+        known, names = self._decoder.agent_ids.known, self._decoder.agent_ids.names
         pairs, count, index, end = self.pairs, self.entries, start, len(records)
-        certain = self._certainly_believed(records[start]) if start < end else _NEVER
+        believe, certain = self._times.believe, self._times.certain(records[start] if start < end else None)
+        self.schema_needed = None
         while index < end and pairs < capacity:
             record = records[index]
-            index += 1
             raw: Any = record.value  # None is a TypeError below
             problem = None
             try:
-                report = parse_report(raw)
+                report = parse(raw)
                 agent_id = known[report.agent_id]
                 if len(raw) > _UNMEASURED_BYTES or BACKSLASH in raw:
                     if len(raw) > SHORT_BYTES or BACKSLASH in raw:
@@ -152,27 +138,28 @@ class OpenWindow:
                         capacity = self._measure(report.entries, agents.get(agent_id))
                 moment = report.collected_at
                 if moment is None or moment >= certain:
-                    moment = self._believe(moment, record.timestamp)
+                    moment = believe(moment, record.timestamp)
             except _UNCOMMON:
-                try:
-                    report, problem = decode_report(raw)
-                    agent_id = self._learn(report.agent_id)
-                    moment = self._believe(report.collected_at, record.timestamp)
-                    if len(raw) > max(_UNMEASURED_BYTES, _UNMEASURED_ENTRY_BYTES * len(report.entries)):
-                        capacity = self._measure(report.entries, agents.get(agent_id))
-                except DecodeError as error:
-                    capacity = self._reject(record, str(error), "undecodable")
-                    continue
+                self.pairs, self.entries = pairs, count
+                capacity = self._fold_carefully(record)
+                if self.schema_needed is not None:
+                    break
+                pairs, count, parse = self.pairs, self.entries, self._decoder.parse
+                index += 1
+                continue
+            index += 1
             held_by_key = agents.get(agent_id)
             if held_by_key is None:
                 held_by_key = {}
                 if report.entries:  # or new agents without entries would fill the memory uncounted
                     agents[agent_id] = held_by_key
+                    if names:
+                        self._note_name(agent_id)
             for entry in report.entries:
                 count += 1
                 at = moment
                 if entry.collected_at is not None:
-                    at = self._believe(entry.collected_at, record.timestamp)
+                    at = believe(entry.collected_at, record.timestamp)
                 key = entry.key
                 held = held_by_key.get(key)
                 if held is None:
@@ -187,10 +174,60 @@ class OpenWindow:
                 capacity = self._reject(record, problem, "over_limit")
         self.pairs, self.entries = pairs, count
         if index > start:
-            if self.first is None:
-                self.first = records[start].offset
+            self.first = records[start].offset if self.first is None else self.first
             self.last = records[index - 1].offset
         return index
+
+    def _fold_carefully(self, record: Record) -> int:
+        """Fold a record that is not plain: of a new agent, with several reports, bad; return what _reject returns."""
+        try:
+            reports, problem = self._decoder.decode(record)
+        except SchemaNeeded as needed:
+            self.schema_needed = needed.schema_id
+            return self._pairs_allowed
+        except DecodeError as error:
+            return self._reject(record, str(error), "undecodable")
+        taken = 0
+        for report in reports:
+            try:
+                problem = self._put(report, record) or problem
+                taken += 1
+            except DecodeError as error:
+                problem = str(error)
+        if problem is not None:
+            return self._reject(record, problem, "over_limit" if taken else "undecodable")
+        return self._pairs_allowed
+
+    def _put(self, report: Report, record: Record) -> str | None:
+        """Fold a report as `fold` does; return why part of it was left out, if it was.
+
+        Raises:
+            DecodeError: all of it is left out, for this reason.
+        """
+        agent_ids = self._decoder.agent_ids
+        agent_id = agent_ids.known.get(report.agent_id) or agent_ids.learn(report.agent_id)
+        moment = self._times.believe(report.collected_at, record.timestamp)
+        if sum(map(_size, report.entries)) > max(_UNMEASURED_BYTES, _UNMEASURED_TEXT_BYTES * len(report.entries)):
+            self._measure(report.entries, self._agents.get(agent_id))
+        problem = None
+        for entry in report.entries:
+            self.entries += 1
+            if refused := key_problem(entry.key):
+                problem = refused
+                continue
+            at = moment if entry.collected_at is None else self._times.believe(entry.collected_at, record.timestamp)
+            held_by_key = self._agents.setdefault(agent_id, {})
+            held = held_by_key.get(entry.key)
+            if held is None or at >= held[0]:
+                self.pairs += held is None
+                held_by_key[entry.key] = (at, entry)
+        if agent_id in self._agents:
+            self._note_name(agent_id)
+        return problem
+
+    def _note_name(self, agent_id: str) -> None:
+        if name := self._decoder.agent_ids.names.get(agent_id):
+            self.names[agent_id] = name
 
     def reject(self, record: Record, reason: str) -> None:
         """Keep a record for the dead-letter topic that can't even be folded."""
@@ -217,6 +254,7 @@ class OpenWindow:
             for agent_id, held_by_key in self._agents.items()
         }
         self._agents = {agent_id: held_by_key for agent_id, held_by_key in kept.items() if held_by_key}
+        self.names = {agent_id: name for agent_id, name in self.names.items() if agent_id in self._agents}
         self.pairs = sum(map(len, self._agents.values()))
 
     def close(self, reason: Reason, end: float) -> ClosedWindow:
@@ -226,8 +264,9 @@ class OpenWindow:
             for agent_id, held_by_key in sorted(self._agents.items())
             for key, (at, entry) in sorted(held_by_key.items())
         ]
-        first = self.last + 1 if self.first is None else self.first
-        return ClosedWindow(reason, self.start, end, first, self.last, rows, self.rejected, self.entries, self.clamped)
+        offsets = self.last + 1 if self.first is None else self.first, self.last
+        counts = self.entries, self._times.clamped
+        return ClosedWindow(reason, self.start, end, *offsets, rows, self.rejected, *counts, self.names)
 
     @property
     def _pairs_allowed(self) -> int:
@@ -256,45 +295,6 @@ class OpenWindow:
         self._rejected_bytes += rejected.size
         return self._pairs_allowed
 
-    def _certainly_believed(self, record: Record) -> datetime:
-        """Return the time before which an agent's clock is believed without checking each record's own timestamp.
-
-        With LogAppendTime all records of a record batch, hence of one fold, have the same timestamp.
-        """
-        if record.timestamp_type == LOG_APPEND_TIME:
-            with contextlib.suppress(DecodeError):
-                return self._latest_believed(record.timestamp)
-        return _NEVER
-
-    def _latest_believed(self, appended_ms: int) -> datetime:
-        try:
-            return _moment(appended_ms) + self._max_clock_skew
-        except OverflowError:
-            return _moment(appended_ms)
-
-    def _believe(self, moment: datetime | None, appended_ms: int) -> datetime:
-        """Return an agent's time, or the broker's if the agent gave none or is too far ahead of the broker.
-
-        Raises:
-            DecodeError: the record's timestamp can't be used to judge it.
-        """
-        if moment is not None:
-            if moment <= self._latest_believed(appended_ms):
-                return moment
-            self.clamped += 1
-        return _moment(appended_ms)
-
 
 def _size(entry: Entry) -> int:
     return sys.getsizeof(entry.key) + sys.getsizeof(entry.value) + sys.getsizeof(entry.error)
-
-
-def _moment(appended_ms: int) -> datetime:
-    """Return a record's timestamp as a datetime.
-
-    Raises:
-        DecodeError: it is before 1970 (-1 means that Kafka has none) or after 9999.
-    """
-    if 0 <= appended_ms * 1000 <= MAX_TIMESTAMP_US:
-        return datetime.fromtimestamp(appended_ms / 1000, UTC)
-    raise DecodeError(f"the record's timestamp, {appended_ms} ms, is not in 1970 to 9999; make the topic LogAppendTime")

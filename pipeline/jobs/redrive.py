@@ -9,8 +9,10 @@ from hashlib import blake2b
 from typing import Final, NamedTuple
 
 from pipeline.core.dead_letter import REDRIVES_HEADER, DeadLetter, restore
+from pipeline.core.decoding import RecordDecoder
 from pipeline.core.report import Report, encode_report
 from pipeline.errors import ANSWER_SECONDS, DecodeError, PipelineError, TopicMismatch
+from pipeline.formats.decoder import decoders
 from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.publisher import Publisher
 from pipeline.kafka.range_reader import RangeReader
@@ -119,10 +121,11 @@ async def redrive(
     """
     # The topic is read twice, to save memory. A row that Postgres refuses comes back without its headers, so the
     # number of equal reports tells how often it was tried; of equal ones only the last is sent.
+    decoder = decoders(settings)()
     seen: Counter[bytes] = Counter()
     counts: Counter[str] = Counter()
     for letter in dead_letters(settings, chosen):
-        reports = _restored(settings, letter)
+        reports = _restored(settings, letter, decoder)
         if isinstance(reports, str):
             on_refused(letter, reports)
         else:
@@ -133,7 +136,7 @@ async def redrive(
     acknowledgements: list[asyncio.Future[None]] = []
     try:
         for letter in dead_letters(settings, chosen, on_progress=on_progress):
-            reports = _restored(settings, letter)
+            reports = _restored(settings, letter, decoder)
             digest = b"" if isinstance(reports, str) else _digest(reports)
             remaining[digest] -= 1
             if isinstance(reports, str):
@@ -161,9 +164,9 @@ async def redrive(
     return RedriveCounts(matched=sum(fields.values()), **fields)
 
 
-def _restored(settings: Settings, letter: DeadLetter) -> list[Report] | str:
+def _restored(settings: Settings, letter: DeadLetter, decoder: RecordDecoder) -> list[Report] | str:
     try:
-        return restore(letter, max_clock_skew=settings.max_clock_skew)
+        return restore(letter, max_clock_skew=settings.max_clock_skew, decoder=decoder)
     except DecodeError as error:
         return str(error)
 

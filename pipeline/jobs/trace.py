@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final
 
 from asyncpg import Connection
@@ -13,9 +13,11 @@ from confluent_kafka import Message
 
 from pipeline.core.batch import decode_batch
 from pipeline.core.dead_letter import source_text
+from pipeline.core.decoding import fold_loading
 from pipeline.core.report import BACKSLASH, moment_from_us, timestamp_us
 from pipeline.core.window import UNLIMITED, OpenWindow
 from pipeline.errors import ANSWER_SECONDS, DecodeError, NewerVersion
+from pipeline.formats.decoder import decoders
 from pipeline.jobs.status import group_positions
 from pipeline.jobs.why import Carrier, Event, TableRow, Trace
 from pipeline.kafka.admin import KafkaAdmin
@@ -32,9 +34,17 @@ _BLOCK_GROWTH: Final = 4
 
 
 async def trace(
-    settings: Settings, connection: Connection, agent_id: str, key: str, *, on_searched: Callable[[int], None]
+    settings: Settings,
+    connection: Connection,
+    agent_id: str,
+    key: str,
+    *,
+    name: str | None = None,
+    on_searched: Callable[[int], None],
 ) -> Trace:
     """Find the newest event of a pair and what became of it; `on_searched(records)` reports how many more were read.
+
+    `name` is what the agent calls itself, if not by its UUID.
 
     Guarantee: all partitions are searched, so a report is found whatever its record key. Newest is by collected_at
     within the block of records where the pair first turns up, going back from the topic's end.
@@ -47,7 +57,7 @@ async def trace(
     topics = await require_topics(config, settings.declared_topics())
     events, batches = topics["events"], topics["batches"]
     result = Trace(agent_id, key, is_ignoring_undeclared=settings.undeclared == "ignore")
-    search = _Search(agent_id, key, settings.max_clock_skew)
+    search = _Search(agent_id, key, settings, name)
     with KafkaAdmin(config) as admin:
         offsets = await admin.offsets(events.name, range(events.partitions), ANSWER_SECONDS)
     result.uncommitted = sum(partition.uncommitted for partition in offsets.values())
@@ -76,21 +86,24 @@ async def trace(
 class _Search:
     """Recognises the records with reports of one pair."""
 
-    def __init__(self, agent_id: str, key: str, max_clock_skew: timedelta) -> None:
+    def __init__(self, agent_id: str, key: str, settings: Settings, name: str | None) -> None:
         self._agent_id = agent_id
         self._key = key
-        self._max_clock_skew = max_clock_skew
+        self._max_clock_skew = settings.max_clock_skew
+        self._decoder = decoders(settings)()
+        # What a report of this agent in our own JSON holds. A UUID's digits are the same in any spelling.
         self._hex = agent_id.replace("-", "").encode()
+        self._name = name.encode() if name is not None else None
 
     def event(self, message: Message) -> Event | None:
         """Return the pair's entry as the worker folds it, or why the worker refuses the record; None: another pair."""
         raw = message.value() or b""
-        # Most records belong to others. A UUID's digits are the same in any spelling, unless they are escaped.
-        is_named = self._hex in raw.lower().replace(b"-", b"")
-        if not is_named and BACKSLASH not in raw:
+        # Most records belong to others. Text may be escaped, and other formats are decoded to be sure.
+        is_named = self._hex in raw.lower().replace(b"-", b"") or (self._name is not None and self._name in raw)
+        if not is_named and BACKSLASH not in raw and self._decoder.is_own_json(raw):
             return None
-        window = OpenWindow(0.0, capacity=UNLIMITED, max_clock_skew=self._max_clock_skew)
-        window.fold([as_record(message)])
+        window = OpenWindow(0.0, capacity=UNLIMITED, max_clock_skew=self._max_clock_skew, decoder=self._decoder)
+        fold_loading(window, self._decoder, [as_record(message)])
         event = Event(message.partition(), message.offset(), _appended_at(message))
         latest = window.get(self._agent_id, self._key)
         if latest is not None:

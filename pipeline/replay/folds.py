@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
 
 from pipeline.core.batch import Batch, Row, decode_batch, separate_unstorable
+from pipeline.core.decoding import RecordDecoder, fold_loading
 from pipeline.core.record import Record
 from pipeline.core.report import AgentIds
 from pipeline.core.window import OpenWindow
@@ -30,6 +31,7 @@ class Fold(Protocol):
 
         Raises:
             NewerVersion: it must not be skipped, as it may hold the latest entries.
+            ServiceUnavailable, ConfigError: the schema registry does not answer, or refuses us.
         """
         ...
 
@@ -51,17 +53,23 @@ class Fold(Protocol):
         """Return the rows, sorted by pair."""
         ...
 
+    @property
+    def names(self) -> Mapping[str, str]:
+        """The names, by id, of agents in the rows that are called by one."""
+        ...
+
 
 class EventsFold:
     """Folds the events topic in one window that never closes early."""
 
-    def __init__(self, capacity: int, *, max_clock_skew: timedelta, agent_ids: AgentIds) -> None:
-        self._window = OpenWindow(0.0, capacity=capacity, max_clock_skew=max_clock_skew, agent_ids=agent_ids)
+    def __init__(self, capacity: int, *, max_clock_skew: timedelta, decoder: RecordDecoder) -> None:
+        self._decoder = decoder
+        self._window = OpenWindow(0.0, capacity=capacity, max_clock_skew=max_clock_skew, decoder=decoder)
         self.dead = 0
 
     def fold(self, records: Sequence[Record], start: int) -> int:
         """See Fold; `dead` counts records."""
-        index = self._window.fold(records, start)
+        index = fold_loading(self._window, self._decoder, records, start)
         self.dead += self._window.drop_rejected()
         return index
 
@@ -83,6 +91,11 @@ class EventsFold:
         """Return the rows, sorted by pair."""
         return self._window.close("shutdown", 0.0).rows
 
+    @property
+    def names(self) -> Mapping[str, str]:
+        """The names of agents in the rows."""
+        return self._window.names
+
 
 class BatchesFold:
     """Folds the batches topic; in a tie the later row wins."""
@@ -92,6 +105,7 @@ class BatchesFold:
         self._agent_ids = agent_ids
         self._newest: dict[Pair, Row] = {}
         self._entries = 0
+        self.names: dict[str, str] = {}
         self.dead = 0
 
     def fold(self, records: Sequence[Record], start: int) -> int:
@@ -110,6 +124,7 @@ class BatchesFold:
         self._entries += len(batch.agent_ids)
         batch, unstorable = separate_unstorable(batch)
         self.dead += len(unstorable)
+        self.names.update(batch.names)
         for text, key, value, error, collected_at_us in zip(*batch.columns, strict=True):
             try:
                 agent_id = known.get(text) or self._agent_ids.learn(text)
@@ -133,6 +148,8 @@ class BatchesFold:
     def retain(self, keep: KeepPair) -> None:
         """Forget every pair but those to keep."""
         self._newest = {pair: row for pair, row in self._newest.items() if keep(*pair)}
+        agent_ids = {agent_id for agent_id, _ in self._newest}
+        self.names = {agent_id: name for agent_id, name in self.names.items() if agent_id in agent_ids}
 
     def rows(self) -> list[Row]:
         """Return the rows, sorted by pair."""

@@ -13,6 +13,7 @@ from pipeline.clock import SystemClock
 from pipeline.core.batch import Row
 from pipeline.core.report import AgentIds
 from pipeline.errors import RowRejected
+from pipeline.formats.decoder import decoders
 from pipeline.kafka.chunk_reader import ChunkReader
 from pipeline.kafka.credentials import aiokafka_security
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
@@ -78,10 +79,9 @@ def wire_replay(
 
 
 def _folds(settings: Settings, source: ReplaySource) -> Callable[[int], Fold]:
-    agent_ids = AgentIds()
     if source == "events":
-        return partial(EventsFold, max_clock_skew=settings.max_clock_skew, agent_ids=agent_ids)
-    return partial(BatchesFold, agent_ids=agent_ids)
+        return partial(EventsFold, max_clock_skew=settings.max_clock_skew, decoder=decoders(settings)())
+    return partial(BatchesFold, agent_ids=AgentIds(uuids_only=True))
 
 
 async def _log_refused(row: Row, error: RowRejected) -> Awaitable[None]:

@@ -80,5 +80,7 @@ async def run_worker(settings: Settings) -> None:
 def _why_not_ready(worker: Worker) -> str | None:
     if not worker.is_assigned:
         return "no partitions are assigned"
+    if (seconds := worker.schema_wait_seconds()) > UNACKNOWLEDGED_SECONDS:
+        return f"the schema registry has not returned a schema for {seconds:.0f} s"
     seconds = worker.unacknowledged_seconds()
     return f"Kafka has not acknowledged a window for {seconds:.0f} s" if seconds > UNACKNOWLEDGED_SECONDS else None

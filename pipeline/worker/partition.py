@@ -12,11 +12,12 @@ from faust.types import TP
 
 from pipeline.clock import Clock
 from pipeline.core.batch import Reason
+from pipeline.core.decoding import RecordDecoder, SchemaId
 from pipeline.core.record import Record
-from pipeline.core.report import PARSE_ERRORS, AgentIds, parse_report, timestamp_us
+from pipeline.core.report import PARSE_ERRORS, timestamp_us
 from pipeline.core.tumbling import TumblingWindows
 from pipeline.core.window import ClosedWindow, OpenWindow
-from pipeline.errors import TopicMismatch
+from pipeline.errors import DecodeError, ServiceUnavailable, TopicMismatch
 from pipeline.kafka.chunks import Chunk
 from pipeline.monitoring.lag import Position
 from pipeline.monitoring.metrics import WorkerMetrics
@@ -26,6 +27,7 @@ from pipeline.worker.transport import ChunkConsumer
 # open one this bounds a partition's memory to about four times its window capacity. After large rejected records
 # none may wait: records of several MB would fill the memory.
 MAX_WAITING: Final = 2
+_RETRY_SECONDS: Final = 1.0
 
 _log = structlog.get_logger(__name__)
 
@@ -44,6 +46,7 @@ class SourcePartition:
         *,
         consumer: ChunkConsumer,
         backlog_end: int,
+        decoder: RecordDecoder,
         windows: TumblingWindows,
         clock: Clock,
         metrics: WorkerMetrics,
@@ -61,13 +64,14 @@ class SourcePartition:
         self._on_failure = on_failure
         self._next_offset: int | None = None  # None: nothing read yet
         self._appended_at = 0.0
-        self._agent_ids = AgentIds()
+        self._decoder = decoder
+        self._loading_since: float | None = None
         self._closed: deque[ClosedWindow] = deque()  # not acknowledged by Kafka yet
         self._max_waiting = MAX_WAITING
         self._changed = asyncio.Condition()
         self._is_stopping = False
         now = clock.now()
-        self.window: OpenWindow = windows.open(now, self._agent_ids)
+        self.window: OpenWindow = windows.open(now, self._decoder)
         self._closes_at = windows.full_end(now)
         self._flushing = asyncio.create_task(self._flush())
         self._tasks = [asyncio.create_task(self._close_by_clock()), self._flushing]
@@ -76,7 +80,16 @@ class SourcePartition:
 
     @property
     def is_held(self) -> bool:
-        """Tell whether it takes no records now, because closed windows wait for Kafka's acknowledgement."""
+        """Tell whether it takes no records now: closed windows wait for Kafka, or a record for its schema."""
+        return self._has_too_many_waiting or self._loading_since is not None
+
+    @property
+    def loading_since(self) -> float | None:
+        """Since when a record has waited for its schema, in seconds since the Unix epoch; None: none waits."""
+        return self._loading_since
+
+    @property
+    def _has_too_many_waiting(self) -> bool:
         return len(self._closed) > self._max_waiting
 
     @property
@@ -168,12 +181,27 @@ class SourcePartition:
         index = 0
         while index < len(records) and not self._is_stopping:
             index = self.window.fold(records, index)
+            if self.window.schema_needed is not None:
+                await self._load_schema(self.window.schema_needed)
             if self.window.is_full:
                 self._closes_at = self._windows.full_end(self._clock.now())
                 await self._close("capacity")
         if not records:  # a record batch that couldn't be unpacked, which took a while
             await asyncio.sleep(0)
         self._metrics.records.inc(index)
+
+    async def _load_schema(self, schema_id: SchemaId) -> None:
+        """Return when a schema is loaded: while the registry is away its records wait, as in any outage."""
+        self._loading_since = self._clock.now()
+        try:
+            while not self._is_stopping:
+                try:
+                    return await asyncio.to_thread(self._decoder.load, schema_id)
+                except ServiceUnavailable as error:
+                    _log.warning("waiting_for_schema", partition=self._tp.partition, error=str(error))
+                    await self._clock.sleep_until(self._clock.now() + _RETRY_SECONDS)
+        finally:
+            self._loading_since = None
 
     def _refuse(self, record: Record, reason: str) -> None:
         if not self._is_stopping:
@@ -182,8 +210,8 @@ class SourcePartition:
     def _observe_produced(self, record: Record) -> None:
         """Sample how old a report was when Kafka received it: one per chunk, as the fold has no time for more."""
         try:
-            collected_at = parse_report(record.value or b"").collected_at
-        except PARSE_ERRORS:
+            collected_at = self._decoder.parse(record.value or b"").collected_at
+        except (*PARSE_ERRORS, DecodeError):
             return
         if collected_at is not None:
             collected_at_s = timestamp_us(collected_at) / 1e6
@@ -200,14 +228,14 @@ class SourcePartition:
     async def _close(self, reason: Reason) -> None:
         now = self._clock.now()
         closed = self.window.close(reason, now)
-        self.window = self._windows.open(now, self._agent_ids)
+        self.window = self._windows.open(now, self._decoder)
         if closed.last < closed.first:
             return
         self._closed.append(closed)
         self._max_waiting = 0 if closed.is_heavy else MAX_WAITING
         async with self._changed:
             self._changed.notify_all()
-            await self._changed.wait_for(lambda: not self.is_held or self._is_stopping)
+            await self._changed.wait_for(lambda: not self._has_too_many_waiting or self._is_stopping)
 
     async def _close_by_clock(self) -> None:
         while not self._is_stopping:

@@ -22,6 +22,7 @@ from pipeline.core.batch import Reason, Source, WindowSpan, encode_batch, split
 from pipeline.core.tumbling import TumblingWindows
 from pipeline.core.window import ClosedWindow
 from pipeline.errors import ConfigError, ServiceUnavailable, TopicMismatch
+from pipeline.formats.decoder import decoders
 from pipeline.kafka.chunks import Chunk
 from pipeline.kafka.dead_letters import DeadLetterWriter
 from pipeline.kafka.publisher import Publisher
@@ -68,6 +69,7 @@ class Worker:
         self._windows = TumblingWindows(
             settings.window_seconds, partitions, settings.window_capacity, settings.max_clock_skew
         )
+        self._new_decoder = decoders(settings)
         self._partitions: dict[int, SourcePartition] = {}
         self._committable: dict[TP, int] = {}
         self._failure: BaseException | None = None
@@ -87,12 +89,17 @@ class Worker:
 
     @property
     def is_held(self) -> bool:
-        """Tell whether it has stopped reading until Kafka acknowledges what it published."""
+        """Tell whether it has stopped reading until Kafka, or the schema registry, answers."""
         return any(partition.is_held for partition in self._partitions.values())
 
     def unacknowledged_seconds(self) -> float:
         """Return how long the oldest closed window has waited for Kafka's acknowledgement; 0 if none waits."""
         since = [partition.unacknowledged_since for partition in list(self._partitions.values())]
+        return max((self._clock.now() - at for at in since if at is not None), default=0.0)
+
+    def schema_wait_seconds(self) -> float:
+        """Return how long a record has waited for its schema, which the registry does not return; 0 if none waits."""
+        since = [partition.loading_since for partition in list(self._partitions.values())]
         return max((self._clock.now() - at for at in since if at is not None), default=0.0)
 
     def positions(self) -> Mapping[int, Position]:
@@ -167,6 +174,7 @@ class Worker:
             window=WindowSpan(round(closed.start * 1e6), round(closed.end * 1e6)),
             reason=closed.reason,
             batch_size=self._settings.batch_size,
+            names=closed.names,
         )
         for batch in batches:
             acknowledgements.append(
@@ -219,6 +227,7 @@ class Worker:
                 tp,
                 consumer=self._consumer,
                 backlog_end=ends[tp],
+                decoder=self._new_decoder(),
                 windows=replace(self._windows, max_bytes=share),
                 clock=self._clock,
                 metrics=self._metrics,

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 from confluent_kafka import Producer
 
-from pipeline.core.report import Entry, Report, encode_report
+from pipeline.core.report import Entry, Report, agent_uuid, encode_report
 from tests.support.bad_input import AGENT, CASES
 from tests.support.deployment import consume_all, eventually
 
@@ -17,6 +17,10 @@ T0 = datetime(2024, 1, 1, tzinfo=UTC)
 
 def agent_id(number):
     return str(uuid.uuid5(uuid.NAMESPACE_OID, str(number)))
+
+
+def agent_of(number, case):
+    return agent_id(number) if case.agent == AGENT else agent_uuid(case.agent)
 
 
 def produce(settings, cases):
@@ -49,7 +53,7 @@ async def test_bad_input_becomes_what_design_says_and_the_rest_is_untouched(depl
     await deployment.started("worker")
     await deployment.started("sink")
     pairs = {(agent_id("good"), f"{number}") for number in range(len(cases))}
-    pairs |= {(agent_id(number), key) for number, case in enumerate(cases) for key in case.rows}
+    pairs |= {(agent_of(number, case), key) for number, case in enumerate(cases) for key in case.rows}
 
     async def all_are_there():
         return (await deployment.table()).keys() >= pairs
@@ -60,7 +64,7 @@ async def test_bad_input_becomes_what_design_says_and_the_rest_is_untouched(depl
     for number, case in enumerate(cases):
         assert table[agent_id("good"), f"{number}"] == ("v", "", T0)
         for key, (value, error, at) in case.rows.items():
-            row = table[agent_id(number), key]
+            row = table[agent_of(number, case), key]
             assert row[:2] == (value, error)
             assert row[2] == at or (at is None and started <= row[2] <= datetime.now(UTC))
     expected = {2 * number: case.reason for number, case in enumerate(cases) if case.reason}

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from hypothesis import example, given
 
+from pipeline.core.decoding import RecordDecoder
 from pipeline.core.record import CREATE_TIME, LOG_APPEND_TIME, KafkaRecord
 from pipeline.core.report import (
     MAX_ERROR_BYTES,
@@ -13,7 +14,6 @@ from pipeline.core.report import (
     MAX_TIMESTAMP_US,
     MAX_VALUE_BYTES,
     MIN_TIMESTAMP_US,
-    AgentIds,
     Entry,
     Report,
     encode_report,
@@ -30,15 +30,15 @@ T0_MS = 1_704_067_200_000
 
 def fold(*bad, agent_is_known=False):
     """Fold a record batch of these between two good ones; return (rows of other agents, rejected reasons)."""
-    agent_ids = AgentIds()
+    decoder = RecordDecoder()
     if agent_is_known:
-        agent_ids.learn(A1)
+        decoder.agent_ids.learn(A1)
     last = len(bad) + 1
     closed = []
     for records in ([record(0, A2, k="before")], bad, [record(last, A2, l="after")]):
         index = 0
         while index < len(records):
-            window = OpenWindow(0, capacity=10**6, max_clock_skew=timedelta(seconds=60), agent_ids=agent_ids)
+            window = OpenWindow(0, capacity=10**6, max_clock_skew=timedelta(seconds=60), decoder=decoder)
             index = window.fold(records, index)
             closed.append(window.close("scheduled", 1))
     assert (closed[0].first, closed[-1].last) == (0, last)

@@ -18,7 +18,9 @@ GOOD = encode_report(Report(AGENT, [Entry("cpu", "12%"), Entry("mem", "1 GB")], 
 
 NO_JSON = "not JSON: undecodable bytes, a BOM, trailing garbage, truncation; a record without a value"
 NO_REPORT = "not a report: wrong types, null, no `agent_id` or `entries`, nested too deeply"
-NO_UUID = "an `agent_id` that is not a UUID"
+NO_AGENT = "an `agent_id` that is empty, or over 255 characters"
+NAME = "an `agent_id` that is not a UUID"
+SCALAR = "a value or error that is a number, a boolean, null, an object or a list"
 NO_TIME = "a time without an offset, or outside the years 1 to 9999"
 LONG_KEY = "a key over 127 characters"
 MANY_KEYS = "keys of more than 6,144 bytes together"
@@ -43,10 +45,15 @@ class Case:
     reason: str | None = None
     record_key: str = AGENT
     timestamp_ms: int | None = None
+    agent: str = AGENT
 
 
 def report(*entries, **more):
     return json.dumps({"agent_id": AGENT, "entries": list(entries), **more}).encode()
+
+
+def of_agent(agent_id):
+    return json.dumps({"agent_id": agent_id, "entries": [{"key": "k", "value": "v"}]}).encode()
 
 
 def timed(collected_at):
@@ -70,14 +77,18 @@ CASES = [
     Case(NO_REPORT, b'["a report"]', reason="got `array`"),
     Case(NO_REPORT, json.dumps({"entries": []}).encode(), reason="agent_id"),
     Case(NO_REPORT, json.dumps({"agent_id": AGENT}).encode(), reason="entries"),
-    Case(NO_REPORT, json.dumps({"agent_id": 7, "entries": []}).encode(), reason="Expected `str`"),
     Case(NO_REPORT, json.dumps({"agent_id": None, "entries": []}).encode(), reason="got `null`"),
     Case(NO_REPORT, json.dumps({"agent_id": AGENT, "entries": {"k": "v"}}).encode(), reason="Expected `array`"),
     Case(NO_REPORT, report({"value": "no key"}), reason="key"),
-    Case(NO_REPORT, report({"key": "k", "value": None}), reason="got `null`"),
-    Case(NO_REPORT, report({"key": "good", "value": "v"}, {"key": "k", "value": 1.5}), reason="got `float`"),
+    Case(NO_REPORT, report({"key": None, "value": "v"}), reason="got `null`"),
+    Case(NO_REPORT, report({"key": "good", "value": "v"}, {"key": 1.5, "value": "v"}), reason="got `float`"),
     Case(NO_REPORT, report({"key": "k"}, extra=None)[:-5] + b"[" * 5000 + b"]" * 5000 + b"}", reason="too deeply"),
-    Case(NO_UUID, json.dumps({"agent_id": "agent-7", "entries": [{"key": "k"}]}).encode(), reason="not a UUID"),
+    Case(NO_AGENT, of_agent(""), reason="has 0 characters"),
+    Case(NO_AGENT, of_agent("a" * 256), reason="has 256 characters"),
+    Case(NAME, of_agent("agent-7"), {"k": ("v", "", None)}, agent="agent-7"),
+    Case(NAME, of_agent(7), {"k": ("v", "", None)}, agent="7"),
+    Case(SCALAR, report({"key": "k", "value": 1.5, "error": None}), rows={"k": ("1.5", "", None)}),
+    Case(SCALAR, report({"key": "k", "value": {"a": [True]}}), rows={"k": ('{"a":[true]}', "", None)}),
     Case(NO_TIME, timed("2024-01-01T00:00:00"), reason="timezone"),
     Case(NO_TIME, timed("yesterday"), reason="collected_at"),
     Case(NO_TIME, timed("0000-01-01T00:00:00Z"), reason="collected_at"),

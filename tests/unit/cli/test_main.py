@@ -89,10 +89,10 @@ def test_demo_with_a_wrong_setting_says_so_before_it_starts_anything():
     assert "did you mean AGENT_METADATA_WINDOW_SECONDS?" in complaint(done)
 
 
-def test_watch_of_no_uuid_exits_with_2_and_shows_it():
-    done = agent_metadata("watch", "not-a-uuid")
+def test_watch_of_what_is_too_long_for_an_agent_exits_with_2_and_shows_it():
+    done = agent_metadata("watch", "host" * 64)
     assert done.returncode == 2
-    assert "not-a-uuid" in complaint(done)
+    assert "hosthost" in complaint(done)
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +151,11 @@ HOSTILE = "é\x1b]0;title\x07\u202e\udcff[red]:rocket:\nagent-metadata: forged"
 @pytest.mark.parametrize(
     ("encoding", "command"),
     [
-        ("utf-8", ["watch", HOSTILE]),
+        ("utf-8", ["watch", HOSTILE * 8]),
         ("ascii", ["dead-letter", "list", "--stage", HOSTILE]),
         ("latin-1", ["dead-letter", "show", HOSTILE]),
         ("cp437", ["replay", "--from", HOSTILE]),
-        ("ascii", ["why", HOSTILE, "cpu"]),
+        ("ascii", ["why", HOSTILE * 8, "cpu"]),
         ("utf-8", ["status", "--metrics", HOSTILE]),
     ],
     ids=["watch", "list", "show", "replay", "why", "status"],

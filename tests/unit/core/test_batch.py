@@ -1,9 +1,10 @@
 import json
+import uuid
 
 import pytest
 
 from pipeline.core import batch as batch_module
-from pipeline.core.batch import Batch, Source, WindowSpan, decode_batch, encode_batch
+from pipeline.core.batch import Batch, Row, Source, WindowSpan, decode_batch, encode_batch, split
 from pipeline.errors import DecodeError, NewerVersion
 
 BATCH = Batch(Source("events", "id", 0, 0, 0), WindowSpan(0, 1), "scheduled", 1, 1, [], [], [], [], [])
@@ -60,3 +61,25 @@ def test_older_version_stays_readable(monkeypatch):
 def test_reason_of_a_newer_worker_is_read_and_labelled_other(reason, label):
     batch = decode_batch(json.dumps({**json.loads(encode_batch(BATCH)), "reason": reason}).encode())
     assert (batch.reason, batch.reason_label) == (reason, label)
+
+
+def test_split_gives_each_part_the_names_of_its_agents():
+    ids = [str(uuid.UUID(int=number)) for number in range(3)]
+    some = [Row(agent_id, key, "v", "", 0) for agent_id in ids for key in ("a", "b")]
+    names = {ids[0]: "host-0", ids[2]: "host-2"}
+    parts = split(some, source=BATCH.source, window=BATCH.window, reason="scheduled", batch_size=2, names=names)
+    assert [decode_batch(encode_batch(part)).names for part in parts] == [{ids[0]: "host-0"}, {}, {ids[2]: "host-2"}]
+
+
+def test_split_counts_long_names():
+    some = [Row(str(uuid.UUID(int=number)), "k", "v", "", 0) for number in range(5000)]
+    names = {row.agent_id: "\x01" * 255 for row in some}
+    parts = split(some, source=BATCH.source, window=BATCH.window, reason="scheduled", batch_size=5000, names=names)
+    assert sum(len(part.names) for part in parts) == 5000
+    assert max(len(encode_batch(part)) for part in parts) < 1_000_000
+
+
+@pytest.mark.parametrize("names", [{"no-uuid": "x"}, {str(uuid.UUID(int=1)): "a\0"}, {str(uuid.UUID(int=1)): ""}])
+def test_batch_with_a_name_that_postgres_cant_store_is_no_batch(names):
+    with pytest.raises(DecodeError):
+        decode_batch(json.dumps({**json.loads(encode_batch(BATCH)), "names": names}).encode())

@@ -5,12 +5,13 @@ import pytest
 
 import pipeline.core.report
 from pipeline.core.report import (
+    AGENT_NAMESPACE,
     MAX_TIMESTAMP_US,
     MIN_TIMESTAMP_US,
     AgentIds,
     Entry,
     Report,
-    canonical_agent_id,
+    agent_uuid,
     decode_report,
     encode_report,
     key_problem,
@@ -46,7 +47,7 @@ def test_decode_report_ignores_unknown_fields():
         (b"[]", "Expected `object`, got `array`"),
         (b'{"entries":[]}', "missing required field `agent_id`"),
         (raw('{"key":1}'), "Expected `str`, got `int`"),
-        (raw('{"key":"k","value":null}'), "Expected `str`, got `null`"),
+        (b'{"agent_id":null,"entries":[]}', "got `null`"),
         (raw('{"key":"k"}', ',"collected_at":"2026-01-01T00:00:00"'), "timezone"),
         (raw('{"key":"k"}', ',"collected_at":12'), "got `int`"),
         (raw('{"key":"k"}') + b"x", "trailing"),
@@ -98,10 +99,33 @@ def test_key_problem_counts_characters():
     assert key_problem("k" * 128).startswith("key of 128 characters exceeds 127")
 
 
-def test_canonical_agent_id_accepts_any_spelling_of_a_uuid():
-    assert canonical_agent_id(AGENT.upper().replace("-", "")) == AGENT
+def test_agent_uuid_accepts_any_spelling_of_a_uuid():
+    assert agent_uuid(AGENT.upper().replace("-", "")) == AGENT
+
+
+def test_agent_uuid_of_a_name_is_its_uuid5_in_a_namespace_that_never_changes():
+    """The literal is what rows hold already."""
+    assert agent_uuid("host-17") == "a086788e-a15d-5b01-b250-93cdec4c3e67"
+    assert agent_uuid("host-17") == str(uuid.uuid5(AGENT_NAMESPACE, "host-17"))
+    assert agent_uuid("a\0") == agent_uuid("a\ufffd")
+
+
+@pytest.mark.parametrize("text", ["", "x" * 256])
+def test_agent_uuid_of_an_empty_or_long_text_is_refused(text):
+    with pytest.raises(DecodeError, match=f"agent_id has {len(text)} characters; it must have 1 to 255"):
+        agent_uuid(text)
+
+
+def test_agent_ids_know_the_names_of_those_that_are_called_by_one():
+    agent_ids = AgentIds()
+    assert agent_ids.learn("host-17") == agent_uuid("host-17")
+    agent_ids.learn(AGENT)
+    assert agent_ids.names == {agent_uuid("host-17"): "host-17"}
+
+
+def test_agent_ids_of_uuids_only_refuse_names():
     with pytest.raises(DecodeError, match="not a UUID: 'agent-7'"):
-        canonical_agent_id("agent-7")
+        AgentIds(uuids_only=True).learn("agent-7")
 
 
 def test_agent_ids_are_learned_by_spelling_and_forgotten_when_there_are_too_many(monkeypatch):
@@ -111,7 +135,7 @@ def test_agent_ids_are_learned_by_spelling_and_forgotten_when_there_are_too_many
     assert agent_ids.learn(AGENT) == AGENT
     assert agent_ids.known == {AGENT.upper(): AGENT, AGENT: AGENT}
     with pytest.raises(DecodeError):
-        agent_ids.learn("agent-7")
+        agent_ids.learn("")
     other = str(uuid.UUID(int=8))
     agent_ids.learn(other)
     assert agent_ids.known == {other: other}
@@ -142,3 +166,40 @@ def test_moment_from_us_is_the_exact_inverse(microseconds):
 )
 def test_moment_from_us_stays_within_years_1_to_9999(microseconds, clamped):
     assert moment_from_us(microseconds) == moment_from_us(clamped)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("12", "12"),
+        ("12.50", "12.5"),
+        ("-0.0", "-0.0"),
+        ("1e400", None),
+        ("123456789012345678901234567890", "123456789012345678901234567890"),
+        ("true", "true"),
+        ("false", "false"),
+        ("null", ""),
+        ('{"b" : 1, "a": [null, "x"]}', '{"b":1,"a":[null,"x"]}'),
+        ("[ ]", "[]"),
+    ],
+)
+def test_decode_report_makes_text_of_any_value_and_error(value, text):
+    raw_report = raw(f'{{"key":"k","value":{value},"error":{value}}}')
+    if text is None:
+        with pytest.raises(DecodeError, match="out of range"):
+            decode_report(raw_report)
+    else:
+        assert decode_report(raw_report) == (Report(AGENT, [Entry("k", text, text)]), None)
+
+
+def test_decode_report_takes_a_number_as_the_name_of_an_agent():
+    assert decode_report(b'{"agent_id":17,"entries":[]}') == (Report("17", []), None)
+
+
+def test_decode_report_of_a_number_of_thousands_of_digits_is_text_or_refused():
+    digits = "9" * 5000
+    try:
+        report, _ = decode_report(raw(f'{{"key":"k","value":{digits}}}'))
+    except DecodeError:
+        return
+    assert report.entries[0].error == "value of 5000 bytes exceeded 2048 bytes"

@@ -3,8 +3,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from pipeline.core.decoding import Decoded, RecordDecoder, SchemaNeeded
 from pipeline.core.record import KafkaRecord
-from pipeline.core.report import Entry, Report, encode_report
+from pipeline.core.report import Entry, Report, agent_uuid, decode_report, encode_report
 from pipeline.core.window import MAX_REJECTED_BYTES, OpenWindow
 from pipeline.testing import record
 
@@ -64,7 +65,7 @@ def test_fold_clock_too_far_ahead_is_set_to_the_brokers_and_counted(window, is_e
         report = Report(A1, [entry], T0 if is_entry_time else moment)
         window.fold([KafkaRecord(offset, T0_MS, None, encode_report(report))])
     assert rows(window) == {(A1, "k0"): ("v", believed), (A1, "k1"): ("v", T0)}
-    assert window.clamped == 1
+    assert window.close("scheduled", 1.0).clamped == 1
 
 
 def test_fold_spellings_of_one_agent_id_are_one_agent(window):
@@ -73,7 +74,7 @@ def test_fold_spellings_of_one_agent_id_are_one_agent(window):
 
 
 def test_fold_bad_record_costs_itself_alone(window):
-    bad = [KafkaRecord(1, T0_MS, None, b"{"), KafkaRecord(2, T0_MS, None, None), record(3, "agent-7", T0, k="v")]
+    bad = [KafkaRecord(1, T0_MS, None, b"{"), KafkaRecord(2, T0_MS, None, None), record(3, "", T0, k="v")]
     records = [record(0, A1, T0, k="before"), *bad, record(4, A2, T0, k="after")]
     assert window.fold(records) == 5
     closed = window.close("scheduled", 1.0)
@@ -195,3 +196,75 @@ def test_source_range_without_any_record_is_covered_too(window):
     window.pass_over(3, 9)
     closed = window.close("scheduled", 1.0)
     assert (closed.first, closed.last, closed.rows) == (3, 8, [])
+
+
+class OfSeveralAgents(RecordDecoder):
+    """A format whose records hold a list of reports, and need a schema; `loaded` are the schemas."""
+
+    def __init__(self, *loaded):
+        super().__init__()
+        self.loaded = set(loaded)
+
+    def reset(self):
+        self.parse = lambda raw: decode_report(b"")[0]  # nothing is plain
+
+    def decode(self, record):
+        if record.key is not None and record.key not in self.loaded:
+            raise SchemaNeeded(record.key.decode())
+        parts = record.value.split(b"\n")
+        return Decoded([decode_report(part)[0] for part in parts], "a part" if len(parts) > 2 else None)
+
+
+def joined(offset, *values, key=None):
+    return KafkaRecord(offset, T0_MS, key, b"\n".join(values))
+
+
+def one(agent_id, **pairs):
+    return encode_report(Report(agent_id, [Entry(key, value) for key, value in pairs.items()], T0))
+
+
+def test_record_with_reports_of_several_agents_is_folded_whole():
+    window = OpenWindow(0.0, capacity=1, max_clock_skew=timedelta(60), decoder=OfSeveralAgents())
+    records = [joined(0, one(A1, k="1"), one("host-17", k="2")), joined(1, one(A1, k="3"))]
+    assert window.fold(records) == 1
+    assert window.is_full
+    host = agent_uuid("host-17")
+    assert rows(window) == {(A1, "k"): ("1", T0), (host, "k"): ("2", T0)}
+    assert window.close("capacity", 1.0).names == {host: "host-17"}
+
+
+def test_report_that_cant_be_used_leaves_those_beside_it_in_the_record():
+    window = OpenWindow(0.0, capacity=9, max_clock_skew=timedelta(60), decoder=OfSeveralAgents())
+    assert window.fold([joined(0, one("", k="1"), one(A1, k="2")), joined(1, one("", k="3"))]) == 2
+    closed = window.close("scheduled", 1.0)
+    assert [row[:3] for row in closed.rows] == [(A1, "k", "2")]
+    assert [rejected.kind for rejected in closed.rejected] == ["over_limit", "undecodable"]
+
+
+def test_fold_stops_in_front_of_a_record_whose_schema_is_to_be_loaded():
+    decoder = OfSeveralAgents()
+    window = OpenWindow(0.0, capacity=9, max_clock_skew=timedelta(60), decoder=decoder)
+    records = [joined(0, one(A1, k="1")), joined(1, one(A1, k="2"), key=b"7"), joined(2, one(A1, k="3"))]
+    assert (window.fold(records), window.schema_needed, window.last) == (1, "7", 0)
+    assert (window.fold(records, 1), window.schema_needed, window.last) == (1, "7", 0)
+    decoder.loaded.add(b"7")
+    assert (window.fold(records, 1), window.schema_needed, window.last) == (3, None, 2)
+    assert rows(window) == {(A1, "k"): ("3", T0)}
+    assert window.entries == 3
+
+
+def test_values_that_are_no_text_fold_as_text_and_text_after_them_as_it_is():
+    window = OpenWindow(0.0, capacity=9, max_clock_skew=timedelta(60))
+    mixed = b'{"agent_id":"%s","entries":[{"key":"n","value":1.5},{"key":"s","value":"x"}]}' % A1.encode()
+    assert window.fold([KafkaRecord(0, T0_MS, None, mixed), KafkaRecord(1, T0_MS, None, mixed)]) == 2
+    assert rows(window) == {(A1, "n"): ("1.5", T0), (A1, "s"): ("x", T0)}
+    assert window.entries == 4
+
+
+def test_closed_window_has_the_names_of_agents_in_it_and_of_no_others():
+    window = OpenWindow(0.0, capacity=9, max_clock_skew=timedelta(60))
+    window.fold([record(0, "host-1", T0, k="v"), record(1, "host-2", T0), record(2, A1, T0, k="v")])
+    window.fold([record(3, "host-1", T0, l="v"), record(4, "host-3", T0, k="v")])
+    assert window.close("scheduled", 1.0).names == {agent_uuid(name): name for name in ("host-1", "host-3")}
+    following = OpenWindow(1.0, capacity=9, max_clock_skew=timedelta(60))
+    assert following.close("scheduled", 2.0).names == {}

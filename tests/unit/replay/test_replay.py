@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.batch import Batch, Source, WindowSpan, encode_batch
+from pipeline.core.decoding import RecordDecoder
 from pipeline.core.record import KafkaRecord
 from pipeline.core.report import AgentIds, Entry, Report, encode_report
 from pipeline.kafka.range_reader import OffsetRange
@@ -85,7 +86,7 @@ def replayed(topic, table, *, max_pairs=1000, only=EVERYTHING, new_fold=None):
     async def job():
         replay = Replay(
             topic,
-            new_fold=new_fold or partial(EventsFold, max_clock_skew=timedelta(60), agent_ids=AgentIds()),
+            new_fold=new_fold or partial(EventsFold, max_clock_skew=timedelta(60), decoder=RecordDecoder()),
             write=table.write,
             pace=Pace(None, ManualClock()),
             only=only,
@@ -168,7 +169,7 @@ def test_unreadable_records_are_counted_and_nothing_else_suffers():
     records = [
         b"{",
         report(AGENTS[0], 1, cpu="v"),
-        report("no-uuid", 1, cpu="v"),
+        report("", 1, cpu="v"),
         report(AGENTS[0], 1, **{"k" * 200: "v"}),
     ]
     summary = replayed(Topic({0: records}), table)
@@ -186,7 +187,8 @@ def test_replay_of_batches_takes_the_newest_row_of_each_pair_and_the_later_on_a_
         b"not a batch",
     ]
     table = Table()
-    summary = replayed(Topic({0: records}), table, new_fold=partial(BatchesFold, agent_ids=AgentIds()), max_pairs=2)
+    new_fold = partial(BatchesFold, agent_ids=AgentIds(uuids_only=True))
+    summary = replayed(Topic({0: records}), table, new_fold=new_fold, max_pairs=2)
     assert table.rows == {(AGENTS[1], "cpu"): ("new", "", 2), (AGENTS[1], "mem"): ("second", "", 1)}
     assert (summary.records, summary.entries, summary.dead, summary.pairs) == (3, 5, 2, 2)
 
@@ -198,7 +200,7 @@ def test_stopped_replay_has_done_whole_partitions_and_resumes_as_one_run():
     async def run(stop_at):
         replay = Replay(
             topic,
-            new_fold=partial(EventsFold, max_clock_skew=timedelta(60), agent_ids=AgentIds()),
+            new_fold=partial(EventsFold, max_clock_skew=timedelta(60), decoder=RecordDecoder()),
             write=table.write,
             pace=Pace(None, ManualClock()),
             on_read=lambda _: replay.stop() if topic.opened[-1] == stop_at else None,

@@ -7,6 +7,7 @@ import pytest
 from faust.types import TP
 from prometheus_client import CollectorRegistry
 
+from pipeline.core.decoding import RecordDecoder
 from pipeline.core.record import KafkaRecord
 from pipeline.core.tumbling import TumblingWindows
 from pipeline.core.window import MAX_REJECTED_BYTES
@@ -93,6 +94,7 @@ async def make(clock, registry):
             TP("events", number),
             consumer=topic or Topic(),
             backlog_end=backlog_end,
+            decoder=RecordDecoder(),
             windows=TumblingWindows(size, partitions, capacity, timedelta(60)),
             clock=clock,
             metrics=metrics,

@@ -1,0 +1,1 @@
+"""What a record of the events topic may hold, from its bytes to reports."""
