@@ -192,14 +192,21 @@ class SourcePartition:
 
     async def _load_schema(self, schema_id: SchemaId) -> None:
         """Return when a schema is loaded: while the registry is away its records wait, as in any outage."""
-        self._loading_since = self._clock.now()
+        self._loading_since = since = self._clock.now()
+        is_told = False
         try:
             while not self._is_stopping:
                 try:
-                    return await asyncio.to_thread(self._decoder.load, schema_id)
+                    await asyncio.to_thread(self._decoder.load, schema_id)
+                    break
                 except ServiceUnavailable as error:
-                    _log.warning("waiting_for_schema", partition=self._tp.partition, error=str(error))
+                    if not is_told:
+                        _log.warning("waiting_for_schema", partition=self._tp.partition, error=str(error))
+                    is_told = True
                     await self._clock.sleep_until(self._clock.now() + _RETRY_SECONDS)
+            if is_told:
+                seconds = round(self._clock.now() - since, 1)
+                _log.info("schema_wait_over", partition=self._tp.partition, seconds=seconds)
         finally:
             self._loading_since = None
 

@@ -7,11 +7,11 @@ import pytest
 from faust.types import TP
 from prometheus_client import CollectorRegistry
 
-from pipeline.core.decoding import RecordDecoder
+from pipeline.core.decoding import RecordDecoder, SchemaNeeded
 from pipeline.core.record import KafkaRecord
 from pipeline.core.tumbling import TumblingWindows
 from pipeline.core.window import MAX_REJECTED_BYTES
-from pipeline.errors import TopicMismatch
+from pipeline.errors import ConfigError, ServiceUnavailable, TopicMismatch
 from pipeline.monitoring.lag import Position
 from pipeline.monitoring.metrics import WorkerMetrics
 from pipeline.testing import ManualClock, record, settle
@@ -88,13 +88,15 @@ async def make(clock, registry):
     made = []
     metrics = WorkerMetrics(registry)
 
-    def make(number=0, *, capacity=1000, size=5.0, partitions=1, topic=None, backlog_end=0, is_refusing=False):
+    def make(
+        number=0, *, capacity=1000, size=5.0, partitions=1, topic=None, backlog_end=0, is_refusing=False, decoder=None
+    ):
         outlet = Outlet()
         partition = SourcePartition(
             TP("events", number),
             consumer=topic or Topic(),
             backlog_end=backlog_end,
-            decoder=RecordDecoder(),
+            decoder=decoder or RecordDecoder(),
             windows=TumblingWindows(size, partitions, capacity, timedelta(60)),
             clock=clock,
             metrics=metrics,
@@ -107,6 +109,37 @@ async def make(clock, registry):
     yield make
     for partition in made:
         await partition.abandon()
+
+
+class Registry(RecordDecoder):
+    """Needs a schema for each record; `error` is what asking for one raises, until it is None."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+        self.asked = 0
+        self.is_loaded = False
+
+    def reset(self):
+        self.parse = lambda raw: {}["nothing is plain"]
+
+    def decode(self, record):
+        if not self.is_loaded:
+            raise SchemaNeeded(7)
+        return super().decode(record)
+
+    def load(self, schema_id):
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        self.is_loaded = True
+
+
+async def asked(decoder, clock, times):
+    """Let time pass until the registry was asked so often, by another thread, and what it did is known here."""
+    while decoder.asked < times:
+        await clock.advance(1)
+        await asyncio.to_thread(lambda: None)
 
 
 async def take(partition, *records):
@@ -250,6 +283,42 @@ async def test_abandon_while_kafka_is_away_lets_the_reader_go(make):
     finishing.cancel()
     await partition.abandon()
     assert outlet.seen() == []
+
+
+async def test_record_waits_for_its_schema_while_the_registry_is_away(make, clock):
+    decoder = Registry(ServiceUnavailable("the registry is away"))
+    partition, outlet = make(decoder=decoder)
+    taking = asyncio.create_task(take(partition, *reports(0, 1)))
+    await asked(decoder, clock, 1)
+    began = partition.loading_since
+    await asked(decoder, clock, 9)  # windows go on closing meanwhile
+    assert (partition.is_held, partition.loading_since, taking.done()) == (True, began, False)
+    decoder.error = None
+    while not taking.done():
+        await clock.advance(1)
+        await asyncio.to_thread(lambda: None)
+    assert (partition.is_held, partition.loading_since) == (False, None)
+    await partition.finish("shutdown")
+    assert outlet.seen() == [("shutdown", 0, 1, 2)]
+
+
+async def test_partition_that_waits_for_a_schema_can_be_finished(make, clock):
+    decoder = Registry(ServiceUnavailable("the registry is away"))
+    partition, outlet = make(decoder=decoder)
+    taking = asyncio.create_task(take(partition, *reports(0, 1)))
+    await asked(decoder, clock, 1)
+    await partition.finish("revoked")
+    while not taking.done():
+        await clock.advance(1)
+        await asyncio.to_thread(lambda: None)
+    assert outlet.seen() == []
+    assert partition.window.entries == 0
+
+
+async def test_registry_that_refuses_us_ends_the_worker(make):
+    partition, _ = make(decoder=Registry(ConfigError("the registry refuses us")))
+    with pytest.raises(ConfigError, match="refuses us"):
+        await take(partition, *reports(0))
 
 
 async def test_delivery_that_fails_is_reported_and_nothing_more_delivered(make, clock):
