@@ -16,7 +16,7 @@ import tenacity
 from prometheus_client import CollectorRegistry
 
 from pipeline.core.notify import NOTIFY_CHANNEL, decode_agent_ids
-from pipeline.core.report import timestamp_us
+from pipeline.core.report import agent_uuid, timestamp_us
 from pipeline.errors import DecodeError, ServiceUnavailable
 from pipeline.monitoring.metrics import ListenerMetrics
 from pipeline.postgres.connections import Connection, connect
@@ -44,7 +44,7 @@ class Change(NamedTuple):
     """A row as it is now.
 
     `notified_at` is when the NOTIFY that led here arrived, in seconds since the Unix epoch; None for a row that was
-    read in a snapshot.
+    read in a snapshot. `name` is what the agent calls itself, if that is no UUID.
     """
 
     agent_id: uuid.UUID
@@ -53,6 +53,7 @@ class Change(NamedTuple):
     error: str
     collected_at: datetime
     notified_at: float | None
+    name: str | None = None
 
 
 class MetadataListener:
@@ -66,23 +67,26 @@ class MetadataListener:
     def __init__(
         self,
         database_url: str,
-        agent_ids: Iterable[uuid.UUID] | None = None,
+        agent_ids: Iterable[uuid.UUID | str] | None = None,
         *,
         registry: CollectorRegistry | None = None,
         url_setting: str = "DATABASE_URL",
         deduplicate: bool = True,
     ) -> None:
-        """Make a listener of some agents, or of all (None); it connects when `changes` is iterated.
+        """Make a listener of some agents, by UUID or name, or of all (None); it connects when `changes` is iterated.
 
         The URL must point to Postgres, or to a pooler in session mode: in transaction mode LISTEN receives nothing.
         `registry` takes its metrics; `url_setting` is what errors name instead of the URL. `deduplicate=False` is for
         a caller that holds the rows itself.
+
+        Raises:
+            ValueError: an agent's name is empty, or too long.
         """
         self._metrics = ListenerMetrics(registry or CollectorRegistry())
         self.freshness = self._metrics.freshness
         self._database_url = database_url
         self._url_setting = url_setting
-        self._agent_ids = None if agent_ids is None else frozenset(agent_ids)
+        self._agent_ids = None if agent_ids is None else frozenset(map(_uuid, agent_ids))
         self._yielded: dict[tuple[uuid.UUID, str], tuple[str, str, datetime]] | None = {} if deduplicate else None
         self._notified_at: dict[uuid.UUID, float] = {}  # of agents whose rows are to be read
         self._is_behind = False  # too many: all rows are to be read
@@ -175,12 +179,12 @@ class MetadataListener:
         """Return what is to be yielded of these rows."""
         changes = []
         for row in rows:
-            pair, contents = row[:2], row[2:]
+            pair, contents = row[:2], row[2:5]
             if self._yielded is not None:
                 if self._yielded.get(pair) == contents:
                     continue
                 self._yielded[pair] = contents
-            changes.append(Change(*row, notified_at.get(row.agent_id)))
+            changes.append(Change(*row[:5], notified_at.get(row.agent_id), row.name))
         self._observe(changes)
         return changes
 
@@ -211,6 +215,15 @@ class MetadataListener:
     def _on_cut(self, _connection: Connection) -> None:
         self._is_cut = True
         self._wake.set()
+
+
+def _uuid(agent_id: uuid.UUID | str) -> uuid.UUID:
+    if isinstance(agent_id, uuid.UUID):
+        return agent_id
+    try:
+        return uuid.UUID(agent_uuid(agent_id))
+    except DecodeError as error:
+        raise ValueError(str(error)) from None
 
 
 async def _answered(read: Awaitable[T]) -> T:

@@ -27,6 +27,7 @@ grant select,
     on workspace_agent_metadata to :"sink";
 grant select, insert, update on agent_metadata_progress to :"sink";
 grant select, insert, delete on agent_metadata_epoch to :"sink";
+grant insert on agent_metadata_names to :"sink";
 grant select on agent_metadata_migrations to :"sink";
 \endif
 
@@ -38,20 +39,21 @@ grant select,
     update (value, error, collected_at)
     on workspace_agent_metadata to :"refill";
 grant select, insert, delete on agent_metadata_epoch to :"refill";
+grant insert on agent_metadata_names to :"refill";
 grant select on agent_metadata_migrations to :"refill";
 \endif
 
 \if :{?serve}
 grant connect on database :"DBNAME" to :"serve";
 grant usage on schema :in_schema to :"serve";
-grant select on workspace_agent_metadata, agent_metadata_migrations to :"serve";
+grant select on workspace_agent_metadata, agent_metadata_names, agent_metadata_migrations to :"serve";
 \endif
 
 \if :{?status}
 grant connect on database :"DBNAME" to :"status";
 grant usage on schema :in_schema to :"status";
-grant select on workspace_agent_metadata, agent_metadata_progress, agent_metadata_epoch, agent_metadata_migrations
-    to :"status";
+grant select on workspace_agent_metadata, agent_metadata_progress, agent_metadata_epoch, agent_metadata_names,
+    agent_metadata_migrations to :"status";
 \endif
 
 commit;

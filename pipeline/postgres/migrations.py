@@ -18,7 +18,12 @@ from pipeline.postgres.statements import fetch_one, statement
 # Any number will do, as long as no other program of the database takes the same.
 _ADVISORY_LOCK: Final = 7_236_219_114
 # What the statements of sql/ use.
-_TABLES: Final = ("workspace_agent_metadata", "agent_metadata_progress", "agent_metadata_epoch")
+_TABLES: Final = (
+    "workspace_agent_metadata",
+    "agent_metadata_progress",
+    "agent_metadata_epoch",
+    "agent_metadata_names",
+)
 
 _log = structlog.get_logger(__name__)
 

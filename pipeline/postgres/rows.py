@@ -16,13 +16,14 @@ ROWS_PER_PART: Final = 10_000
 
 
 class TableRow(NamedTuple):
-    """A pair as listeners see it."""
+    """A pair as listeners see it; `name` is its agent's, if the agent's id is no UUID."""
 
     agent_id: uuid.UUID
     key: str
     value: str
     error: str
     collected_at: datetime
+    name: str | None = None
 
 
 async def read_rows(connection: Connection, agent_ids: Sequence[uuid.UUID]) -> list[TableRow]:

@@ -1,4 +1,4 @@
-"""Apply batches to Postgres: rows, progress and NOTIFY in one transaction."""
+"""Apply batches to Postgres: rows, names, progress and NOTIFY in one transaction."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pipeline.errors import FlushFailed, RowRejected, ServiceUnavailable
 from pipeline.postgres.connections import CONNECT_TIMEOUT_SECONDS, Connection, open_pool
 from pipeline.postgres.epoch import TableEpoch
 from pipeline.postgres.errors import translated_errors
+from pipeline.postgres.names import WrittenNames, write_names
 from pipeline.postgres.progress import PartitionId, Received, choose_batches, lock_progress, save_progress
 from pipeline.postgres.statements import fetch_one, statement
 
@@ -74,6 +75,7 @@ class Store:
         """Take over an open pool, which `close` closes; `undeclared` says whether pairs without a row get one."""
         self.epoch = TableEpoch(pool)
         self._pool = pool
+        self._written_names = WrittenNames()
         self._is_inserting = undeclared == "insert"
         self._is_notifying = notify
 
@@ -137,9 +139,9 @@ class Store:
 
         `earliest` is the lowest offset that the topic still holds, where that is known to matter.
 
-        Guarantee: rows, NOTIFY and progress commit together or not at all. What another sink applied meanwhile, and
-        batches whose source range is applied already, change nothing. A row that Postgres refuses goes to `reject`,
-        at least once, before the commit; all others are written.
+        Guarantee: rows, their agents' names, NOTIFY and progress commit together or not at all. What another sink
+        applied meanwhile, and batches whose source range is applied already, change nothing. A row that Postgres
+        refuses goes to `reject`, at least once, before the commit; all others are written.
 
         Raises:
             FlushFailed: nothing was applied; try again.
@@ -168,18 +170,23 @@ class Store:
                 plan = choose_batches(target, received, await lock_progress(connection, target, received), earliest)
                 rows = merge(plan.batches)
                 written = await self._write_in_parts(connection, rows, reject)
+                names = self._written_names.missing(batch.names for batch in plan.batches)
+                await write_names(connection, names)
                 payloads = self._payloads(written)
                 await _notify(connection, payloads)
                 await save_progress(connection, plan.moves)
                 await asyncio.gather(*written.dead_letters)
         except ServiceUnavailable as error:
             raise FlushFailed(str(error), payloads=len(payloads)) from error
+        self._written_names.note(names)
         return Applied(plan.batches, plan.skipped, plan.lost, len(rows.keys), written, len(payloads))
 
-    async def replay(self, rows: Columns, reject: Reject) -> Written:
+    async def replay(self, rows: Columns, names: Mapping[str, str], reject: Reject) -> Written:
         """Write those rows that are newer than the table's, in one transaction; sorted, each pair once.
 
-        Guarantee: a row never goes backwards, and in a tie it stays; NOTIFY commits with the rows. A row that
+        `names` are those of the rows' agents whose id is no UUID.
+
+        Guarantee: a row never goes backwards, and in a tie it stays; names and NOTIFY commit with the rows. A row that
         Postgres refuses goes to `reject`, and all others are written. `undeclared` counts the pairs that were skipped
         because they have no row.
 
@@ -190,8 +197,11 @@ class Store:
             await _begin_write(connection)
             await _check_constraints_at_once(connection)
             written = await _write_bisecting(connection, rows, reject, self._write_older)
+            missing = self._written_names.missing([names])
+            await write_names(connection, missing)
             await _notify(connection, self._payloads(written))
             await asyncio.gather(*written.dead_letters)
+        self._written_names.note(missing)
         return written
 
     async def count_replay(self, rows: Columns) -> Written:

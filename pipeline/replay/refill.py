@@ -71,7 +71,9 @@ def wire_replay(
     return Replay(
         reader,
         new_fold=_folds(settings, source),
-        write=store.count_replay if is_dry_run else lambda rows: store.replay(rows, _log_refused),
+        write=(lambda rows, _: store.count_replay(rows))
+        if is_dry_run
+        else lambda rows, names: store.replay(rows, names, _log_refused),
         pace=Pace(rate, SystemClock()),
         only=only,
         on_read=on_read,

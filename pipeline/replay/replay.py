@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -23,7 +23,8 @@ MAX_PAIRS: Final = 500_000
 # Rows per statement and transaction: few, so that locks are brief and the live sink gets its turn.
 ROWS_PER_WRITE: Final = 1000
 
-Write = Callable[[Columns], Awaitable[Written]]
+# Rows, and the names of those of their agents whose id is no UUID.
+Write = Callable[[Columns, Mapping[str, str]], Awaitable[Written]]
 
 
 class Summary(msgspec.Struct):
@@ -108,8 +109,8 @@ class Replay:
     ) -> None:
         """Make a replay.
 
-        `new_fold(capacity)` makes an empty fold; `write(rows)` takes at most 1,000 rows per call; `on_read(records)` is
-        called with the number of offsets passed since the last call.
+        `new_fold(capacity)` makes an empty fold; `write(rows, names)` takes at most 1,000 rows per call;
+        `on_read(records)` is called with the number of offsets passed since the last call.
 
         Raises:
             ValueError: `max_pairs` is less than 2, which can't be shared out.
@@ -141,7 +142,7 @@ class Replay:
             Interrupted: `stop` was called.
             ServiceUnavailable, ConfigError: Kafka or Postgres is down, or refuses access.
         """
-        await self._write(Columns([], [], [], [], []))  # a missing right shows now, not after everything is read
+        await self._write(Columns([], [], [], [], []), {})  # a missing right shows now, not after everything is read
         for offsets in ranges:
             partition_summary = Summary()
             await self._replay(offsets, partition_summary, summary)
@@ -169,7 +170,7 @@ class Replay:
                 partition_summary.entries, partition_summary.dead = fold.entries, fold.dead
                 is_first_pass = False
             self._retain(fold, share)
-            await self._write_rows(fold.rows(), partition_summary, summary)
+            await self._write_rows(fold.rows(), fold.names, partition_summary, summary)
 
     def _fold_turn(
         self, record_lists: Iterator[list[Record]], fold: Fold, share: _Share, other_shares: list[_Share]
@@ -201,10 +202,14 @@ class Replay:
         if share.divisor > 1:
             fold.retain(share.includes)
 
-    async def _write_rows(self, rows: Sequence[Row], partition_summary: Summary, summary: Summary) -> None:
+    async def _write_rows(
+        self, rows: Sequence[Row], names: Mapping[str, str], partition_summary: Summary, summary: Summary
+    ) -> None:
         for start in range(0, len(rows), ROWS_PER_WRITE):
             part = rows[start : start + ROWS_PER_WRITE]
-            applied = await self._write(Columns(*(list(column) for column in zip(*part, strict=True))))
+            columns = Columns(*(list(column) for column in zip(*part, strict=True)))
+            named = names.keys() & set(columns.agent_ids)
+            applied = await self._write(columns, {agent_id: names[agent_id] for agent_id in named})
             summary.changed += applied.rows
             partition_summary.pairs += len(part)
             partition_summary.undeclared += applied.undeclared

@@ -21,10 +21,12 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from pydantic import BeforeValidator, WithJsonSchema
 from sse_starlette import EventSourceResponse
 from starlette.types import Scope
 
-from pipeline.errors import PipelineError
+from pipeline.core.report import agent_uuid
+from pipeline.errors import DecodeError, PipelineError
 from pipeline.monitoring.metrics import Freshness, ServeMetrics
 from pipeline.serve.live import LiveRow, LiveTable
 from pipeline.serve.streams import (
@@ -51,8 +53,23 @@ _PAGE_HEADERS: Final = {
     "Cache-Control": "no-cache",
 }
 
-# agent_id, key, value, error, collected_at
-StoredRow = tuple[UUID, str, str, str, datetime]
+# agent_id, key, value, error, collected_at, the agent's name
+StoredRow = tuple[UUID, str, str, str, datetime, str | None]
+
+
+def _agent_uuid(text: str) -> UUID:
+    try:
+        return UUID(agent_uuid(text))
+    except DecodeError as error:
+        raise ValueError(str(error)) from None
+
+
+# An agent's UUID, in any spelling, or its name.
+AgentId = Annotated[
+    UUID,
+    BeforeValidator(_agent_uuid),
+    WithJsonSchema({"type": "string", "minLength": 1, "description": "the agent's UUID, or its name"}),
+]
 ReadRows = Callable[[Sequence[UUID]], Awaitable[Sequence[StoredRow]]]
 LastEventId = Annotated[str | None, Header(alias="Last-Event-ID")]
 
@@ -105,10 +122,11 @@ class LiveServer:
                 allow_headers=["Authorization", "Last-Event-ID"],
             )
         data = APIRouter(dependencies=[Depends(access_check)] if access_check else [])
-        data.get("/agents/{agent_id}/metadata", responses={200: {"model": AgentMetadata}})(self._get_one)
+        # `path`, so that a name may have slashes in it.
+        data.get("/agents/{agent_id:path}/metadata", responses={200: {"model": AgentMetadata}})(self._get_one)
         data.get("/metadata", responses={200: {"model": ManyAgents}})(self._get_many)
         for path, watch in (
-            ("/agents/{agent_id}/metadata/watch", self._watch_one),
+            ("/agents/{agent_id:path}/metadata/watch", self._watch_one),
             ("/metadata/watch", self._watch_many),
         ):
             data.get(path, response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})(watch)
@@ -120,29 +138,30 @@ class LiveServer:
         app.add_exception_handler(PipelineError, _unavailable)
         return app
 
-    async def _get_one(self, agent_id: UUID) -> Response:
+    async def _get_one(self, agent_id: AgentId, request: Request) -> Response:
         """Read an agent's metadata from Postgres."""
         [agent] = await self._read_agents([agent_id])
         if not agent.metadata:
-            raise HTTPException(404, f"agent {agent_id} has no metadata")
+            raise HTTPException(404, f"agent {request.path_params['agent_id']} has no metadata")
         return _json(agent)
 
-    async def _get_many(self, agent: Annotated[list[UUID], Query(max_length=_MAX_AGENTS)]) -> Response:
+    async def _get_many(self, agent: Annotated[list[AgentId], Query(max_length=_MAX_AGENTS)]) -> Response:
         """Read several agents' metadata from Postgres in one query; an agent without metadata has an empty list."""
         return _json(ManyAgents(datetime.now(UTC), await self._read_agents(agent)))
 
     async def _read_agents(self, agent_ids: Iterable[UUID]) -> list[AgentMetadata]:
-        agents = {agent_id: AgentMetadata(agent_id, []) for agent_id in agent_ids}
+        agents = {agent_id: AgentMetadata(agent_id, None, []) for agent_id in agent_ids}
         rows = await self._read(list(agents))
         now = time.time()
-        for agent_id, key, value, error, collected_at in rows:
+        for agent_id, key, value, error, collected_at, name in rows:
             live = self._table.row(agent_id, key) or LiveRow(agent_id, key, collected_at)
             age = max(0.0, now - collected_at.timestamp())
             row = MetadataRow(key, value, error, collected_at, round(age, 3), live.stale_after_seconds)
+            agents[agent_id].name = name
             agents[agent_id].metadata.append(row)
         return list(agents.values())
 
-    async def _watch_one(self, agent_id: UUID, last_event_id: LastEventId = None) -> Response:
+    async def _watch_one(self, agent_id: AgentId, last_event_id: LastEventId = None) -> Response:
         """Stream an agent's metadata: a `snapshot` event, then `changes` with the changed rows, at most once a second.
 
         The snapshot is repeated every 5 s, to keep ages current. With the Last-Event-ID of a stream that broke off, the
@@ -152,7 +171,7 @@ class LiveServer:
 
     async def _watch_many(
         self,
-        agent: Annotated[list[UUID] | None, Query(max_length=_MAX_AGENTS)] = None,
+        agent: Annotated[list[AgentId] | None, Query(max_length=_MAX_AGENTS)] = None,
         last_event_id: LastEventId = None,
     ) -> Response:
         """Stream the metadata of several agents, or of all if none is named, as for one agent.

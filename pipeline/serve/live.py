@@ -115,21 +115,31 @@ class LiveTable:
         self._max_pairs = max_pairs
         self._left_out = DistinctCount()
         self._agents: dict[UUID, dict[str, LiveRow]] = {}
+        self._names: dict[UUID, str] = {}  # of agents above whose id is no UUID
         self._by_version: OrderedDict[LiveRow, None] = OrderedDict()
         self._watchers: dict[UUID | None, set[Watcher]] = {}
 
     def change(
-        self, agent_id: UUID, key: str, value: str, error: str, collected_at: datetime, notified_at: float | None
+        self,
+        agent_id: UUID,
+        key: str,
+        value: str,
+        error: str,
+        collected_at: datetime,
+        notified_at: float | None,
+        name: str | None = None,
     ) -> None:
         """Set a row; `notified_at` is in seconds since the Unix epoch, None for a row read without a notification.
 
-        Contents that the row has already are no change.
+        Contents that the row has already are no change. A `name` is kept once for all of its agent's rows.
         """
         row = self.row(agent_id, key)
+        if row is None and len(self._by_version) >= self._max_pairs:
+            self._left_out.add((agent_id, key))
+            return
+        if name is not None:
+            self._names.setdefault(agent_id, name)
         if row is None:
-            if len(self._by_version) >= self._max_pairs:
-                self._left_out.add((agent_id, key))
-                return
             row = LiveRow(agent_id, key, collected_at)
             self._agents.setdefault(agent_id, {})[key] = row
             self._by_version[row] = None
@@ -153,6 +163,10 @@ class LiveTable:
     def row(self, agent_id: UUID, key: str) -> LiveRow | None:
         """Return a row, or None."""
         return self._agents.get(agent_id, {}).get(key)
+
+    def name(self, agent_id: UUID) -> str | None:
+        """Return what an agent with rows calls itself, if that is no UUID."""
+        return self._names.get(agent_id)
 
     def newer(self, version: int, agent_ids: Collection[UUID] | None) -> Iterator[LiveRow]:
         """Iterate over the rows of some agents, or of all (None), that changed after `version`."""

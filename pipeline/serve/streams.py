@@ -42,6 +42,8 @@ class AgentMetadata:
     """All rows of one agent, or those of them that changed."""
 
     agent_id: UUID
+    name: str | None
+    """What the agent calls itself, if that is no UUID."""
     metadata: list[MetadataRow]
 
 
@@ -64,21 +66,23 @@ class ManyAgents:
 
 
 Body = AgentMetadata | ManyAgents
-# Makes the body of an event, of rows and the number of pairs that are left out.
-Shape = Callable[[Sequence[LiveRow], int], Body]
+# Makes the body of an event, of rows and the table that they are from.
+Shape = Callable[[Sequence[LiveRow], LiveTable], Body]
 
 
-def one_agent(agent_id: UUID, rows: Iterable[LiveRow], left_out_pairs: int) -> WatchedAgent:
+def one_agent(agent_id: UUID, rows: Iterable[LiveRow], table: LiveTable) -> WatchedAgent:
     """Show rows of one agent."""
-    return WatchedAgent(agent_id, list(_rows_now(rows)), left_out_pairs)
+    return WatchedAgent(agent_id, table.name(agent_id), list(_rows_now(rows)), table.left_out_pairs)
 
 
-def many_agents(rows: Sequence[LiveRow], left_out_pairs: int) -> ManyAgents:
+def many_agents(rows: Sequence[LiveRow], table: LiveTable) -> ManyAgents:
     """Show rows, grouped by agent."""
     agents: dict[UUID, AgentMetadata] = {}
     for row, metadata in zip(rows, _rows_now(rows), strict=True):
-        agents.setdefault(row.agent_id, AgentMetadata(row.agent_id, [])).metadata.append(metadata)
-    return ManyAgents(datetime.now(UTC), list(agents.values()), left_out_pairs)
+        if row.agent_id not in agents:
+            agents[row.agent_id] = AgentMetadata(row.agent_id, table.name(row.agent_id), [])
+        agents[row.agent_id].metadata.append(metadata)
+    return ManyAgents(datetime.now(UTC), list(agents.values()), table.left_out_pairs)
 
 
 def _rows_now(rows: Iterable[LiveRow]) -> Iterator[MetadataRow]:
@@ -136,7 +140,7 @@ class EventStreams:
                         self._freshness.observe("sent", collected_at=rows[0].collected_at.timestamp(), at=time.time())
                     sending_at = loop.time()
                     try:
-                        yield _event(name, event_id, shape(rows, self._table.left_out_pairs))
+                        yield _event(name, event_id, shape(rows, self._table))
                     finally:
                         send_seconds = loop.time() - sending_at
                     name = b"changes"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import aiohttp
 from prometheus_client import CollectorRegistry
 
+from pipeline.core.report import agent_uuid
 from pipeline.monitoring.metrics import Freshness
 from pipeline.serve.api import LiveServer
 from pipeline.serve.http import listen, serve
@@ -63,11 +64,12 @@ class Serving:
 
     async def _read(self, agent_ids: Any) -> Any:
         self.reads.append(list(agent_ids))
-        return [row for row in self.stored if row[0] in agent_ids]
+        return [(*row[:5], row[5] if row[5:] else None) for row in self.stored if row[0] in agent_ids]
 
-    def change(self, agent_id: uuid.UUID, key: str, value: str, error: str = "", *, ago: float = 0.0) -> None:
+    def change(self, agent: uuid.UUID | str, key: str, value: str, error: str = "", *, ago: float = 0.0) -> None:
+        agent_id, name = (agent, None) if isinstance(agent, uuid.UUID) else (uuid.UUID(agent_uuid(agent)), agent)
         collected_at = datetime.now(UTC) - timedelta(seconds=ago)
-        self.table.change(agent_id, key, value, error, collected_at, time.time())
+        self.table.change(agent_id, key, value, error, collected_at, time.time(), name)
 
     async def stop(self) -> None:
         self._stop.set()

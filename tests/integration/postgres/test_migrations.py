@@ -13,7 +13,7 @@ from tests.support.deployment import eventually
 
 pytestmark = pytest.mark.services
 
-ALL = ["0001_metadata", "0002_progress", "0003_epoch"]
+ALL = ["0001_metadata", "0002_progress", "0003_epoch", "0004_names"]
 A1 = "00000000-0000-0000-0000-000000000001"
 
 
@@ -88,7 +88,7 @@ async def test_changed_migration_is_refused_by_name(connection):
     for check in (migrate, require_schema):
         with pytest.raises(SchemaMismatch, match=r"^0002_progress changed after being applied"):
             await check(connection)
-    assert [item.changed for item in await migration_status(connection)] == [False, True, False]
+    assert [item.changed for item in await migration_status(connection)] == [False, True, False, False]
 
 
 async def test_status_before_and_after(connection):
@@ -97,6 +97,7 @@ async def test_status_before_and_after(connection):
         (1, "0001_metadata", None, False),
         (2, "0002_progress", None, False),
         (3, "0003_epoch", None, False),
+        (4, "0004_names", None, False),
     ]
     await migrate(connection)
     assert all(item.applied_at and not item.changed for item in await migration_status(connection))
@@ -109,7 +110,9 @@ async def test_require_schema_of_an_empty_database_names_what_is_missing_and_the
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("table", ["workspace_agent_metadata", "agent_metadata_progress", "agent_metadata_epoch"])
+@pytest.mark.parametrize(
+    "table", ["workspace_agent_metadata", "agent_metadata_progress", "agent_metadata_epoch", "agent_metadata_names"]
+)
 async def test_table_that_is_gone_is_named_and_can_be_had_again_as_said(connection, table):
     await migrate(connection)
     await connection.execute(f"drop table {table}")

@@ -18,6 +18,7 @@ import asyncpg
 import pytest
 
 from pipeline.core.batch import Batch, Columns, Source, WindowSpan
+from pipeline.core.report import agent_uuid
 from pipeline.errors import PipelineError
 from pipeline.kafka.topics import create_topics
 from pipeline.local.postgres import postgres_binaries
@@ -40,9 +41,11 @@ TABLES = (
     "workspace_agent_metadata",
     "agent_metadata_progress",
     "agent_metadata_epoch",
+    "agent_metadata_names",
     "agent_metadata_migrations",
 )
-AGENT = uuid.UUID("0b7c1e1c-3a54-4be5-9f0e-2a8f7b1ac002")
+AGENT = uuid.UUID(agent_uuid("host-17"))
+NAMES = {str(AGENT): "host-17"}
 PASSWORD = "rights"
 
 
@@ -190,7 +193,7 @@ async def opened_store(url: str) -> AsyncIterator[Store]:
 async def refill(store: Store, number: int) -> None:
     async with store.epoch.refilling() as is_ours:
         assert is_ours
-        await store.replay(batch(number, "").columns, refuse_nothing)
+        await store.replay(batch(number, "").columns, NAMES, refuse_nothing)
 
 
 async def work_of_serve(url: str) -> None:
@@ -220,7 +223,7 @@ WORK: dict[str, Callable[[str], Awaitable[None]]] = {
 def batch(number: int, topic_id: str) -> Batch:
     source = Source("events", f"events of {topic_id}", 0, number, number)
     columns = Columns([str(AGENT)], ["cpu"], [f"{number}%"], [""], [1_704_067_200_000_000 + number])
-    return Batch(source, WindowSpan(0, 1), "scheduled", 1, 1, *columns)
+    return Batch(source, WindowSpan(0, 1), "scheduled", 1, 1, *columns, names=NAMES)
 
 
 async def refuse_nothing(row: Any, error: Exception) -> Awaitable[None]:
@@ -254,6 +257,7 @@ FORBIDDEN = {
         "insert into workspace_agent_metadata (workspace_agent_id, key, script) values (gen_random_uuid(), 'k', 'x')",
         "delete from agent_metadata_progress",
         "delete from agent_metadata_migrations",
+        "update agent_metadata_names set name = 'x'",
     ),
     "refill": (
         "create table mine ()",
@@ -265,6 +269,7 @@ FORBIDDEN = {
         "update workspace_agent_metadata set value = 'x'",
         "insert into workspace_agent_metadata (workspace_agent_id, key) values (gen_random_uuid(), 'k')",
         "delete from workspace_agent_metadata",
+        "insert into agent_metadata_names values (gen_random_uuid(), 'x')",
         "select * from agent_metadata_progress",
         "create table mine ()",
     ),
@@ -309,7 +314,7 @@ async def test_coders_own_table_stays_coders(database):
         await database.admin.execute(f'revoke insert ({columns}) on workspace_agent_metadata from "{user}"')
         await store.apply(PartitionId("b", 0, "batches"), [Received(1, newer)], refuse_nothing)
         with pytest.raises(PipelineError, match="permission denied"):
-            await store.replay(newer.columns, refuse_nothing)
+            await store.replay(newer.columns, {}, refuse_nothing)
     finally:
         await store.close()
     await work_of_migrate(database.url_of("migrate"))

@@ -5,14 +5,18 @@ import uuid
 from contextlib import asynccontextmanager
 
 import asyncpg
+import msgspec
 import pytest
 
 from pipeline.core.batch import Batch, Row, Source, WindowSpan
 from pipeline.core.notify import MAX_IDS_PER_PAYLOAD, NOTIFY_CHANNEL, decode_agent_ids
+from pipeline.core.report import agent_uuid
 from pipeline.errors import ConfigError, FlushFailed, ProgressGap, SchemaMismatch, ServiceUnavailable
 from pipeline.postgres import store as store_module
 from pipeline.postgres.errors import translated_errors
+from pipeline.postgres.names import WrittenNames
 from pipeline.postgres.progress import PartitionId, Received
+from pipeline.postgres.rows import read_all_rows, read_rows
 from pipeline.postgres.store import Store
 
 pytestmark = pytest.mark.services
@@ -22,10 +26,11 @@ BATCHES = PartitionId("batches-id", 0, "batches")
 A1, A2 = (str(uuid.UUID(int=number)) for number in (1, 2))
 
 
-def batch(*rows, first=0, last=None, part=1, parts=1, events_id="events-id"):
+def batch(*rows, first=0, last=None, part=1, parts=1, events_id="events-id", names=()):
     source = Source("events", events_id, 0, first, first if last is None else last)
     columns = [list(column) for column in zip(*rows, strict=True)]
-    return Batch(source, WindowSpan(0, 1), "scheduled", part, parts, *columns)
+    named = {agent_uuid(name): name for name in names}
+    return Batch(source, WindowSpan(0, 1), "scheduled", part, parts, *columns, names=named)
 
 
 def row(agent_id=A1, key="k", value="v", error="", at=0):
@@ -381,3 +386,98 @@ async def test_apply_row_that_the_client_library_refuses_costs_itself_alone(stor
     await asyncio.wait_for(apply(store, (0, batch(row(bad), row())), reject=reject), 20)
     assert rejected == [bad]
     assert len(await table(connection)) == 1
+
+
+HOST, OTHER = "host-17", "Zürich \u202e<b>"
+
+
+def of(name, **fields):
+    return row(agent_uuid(name), **fields)
+
+
+async def names(connection):
+    found = await connection.fetch("select agent_id, name from agent_metadata_names")
+    return {str(agent_id): name for agent_id, name in found}
+
+
+def named(*some):
+    return {agent_uuid(name): name for name in some}
+
+
+async def test_apply_keeps_the_names_of_agents_with_their_rows(store, connection):
+    rows = sorted((of(HOST), of(OTHER), row()))
+    await apply(store, (0, batch(*rows, names=[HOST, OTHER])))
+    assert await names(connection) == named(HOST, OTHER)
+    read = await anext(read_all_rows(connection))
+    assert {str(found.agent_id): found.name for found in read} == {**named(HOST, OTHER), A1: None}
+    assert {found.name for found in await read_rows(connection, [uuid.UUID(agent_uuid(HOST))])} == {HOST}
+
+
+async def test_names_are_written_once_and_again_after_ten_minutes(store, connection, monkeypatch):
+    now = 0.0
+    store._written_names = WrittenNames(lambda: now)
+    for offset in range(2):
+        await apply(store, (offset, batch(of(HOST, at=offset), first=offset, names=[HOST])))
+        await connection.execute("delete from agent_metadata_names")
+    assert await names(connection) == {}
+    now = 601.0
+    await apply(store, (2, batch(of(HOST, at=2), first=2, names=[HOST])))
+    assert await names(connection) == named(HOST)
+
+
+async def test_names_of_a_transaction_that_is_rolled_back_are_written_by_the_next(store, connection):
+    await connection.execute("""
+        create function fail() returns trigger language plpgsql
+        as $$ begin raise exception using errcode = '53100'; end $$;
+        create constraint trigger full_disk after insert on agent_metadata_names deferrable initially deferred
+        for each row execute function fail()
+    """)  # which fails at the commit
+    with pytest.raises(FlushFailed):
+        await apply(store, (0, batch(of(HOST), names=[HOST])))
+    assert (await table(connection), await names(connection)) == ({}, {})
+    await connection.execute("drop trigger full_disk on agent_metadata_names")
+    await apply(store, (0, batch(of(HOST), names=[HOST])))
+    assert await names(connection) == named(HOST)
+
+
+async def test_two_sinks_write_the_same_names_at_once_in_either_order(database_url, store, connection):
+    some = [f"host-{number}" for number in range(300)]
+    rows = sorted(of(name, key=key) for name in some for key in ("a", "b"))
+    async with opened(database_url) as other:
+        await asyncio.gather(
+            *(
+                apply(each, (0, batch(*rows, names=order)), target=PartitionId("batches-id", number, "batches"))
+                for number, (each, order) in enumerate([(store, some), (other, some[::-1])] * 2)
+            )
+        )
+    assert await names(connection) == named(*some)
+
+
+async def test_agents_without_rows_get_no_name(database_url, connection):
+    async with opened(database_url, undeclared="ignore") as ignoring:
+        await apply(ignoring, (0, batch(of(HOST), names=[HOST])))
+        assert await names(connection) == {}
+
+
+@pytest.mark.parametrize("lie", [{A1: HOST}, {agent_uuid(HOST): "x\0y"}, {"no id": HOST}, {A1: ""}, {A1: "x" * 256}])
+async def test_what_is_no_name_of_its_agent_is_ignored_and_its_rows_are_written(store, connection, lie):
+    lying = msgspec.structs.replace(batch(row()), names=lie)
+    applied = await apply(store, (0, lying))
+    assert (applied.written.rows, await names(connection)) == (1, {})
+
+
+async def test_rows_that_postgres_refuses_leave_the_names_of_the_others(store, connection):
+    async def reject(refused, _error):
+        rejected.append(refused.key)
+        return acknowledged()
+
+    rejected = []
+    rows = sorted((of(HOST), of(OTHER, key="k" * 200)))
+    await apply(store, (0, batch(*rows, names=[HOST, OTHER])), reject=reject)
+    assert (rejected, await names(connection)) == (["k" * 200], named(HOST))
+
+
+async def test_replay_keeps_names_even_of_rows_that_are_as_new(store, connection):
+    await apply(store, (0, batch(of(HOST))))  # by a worker that knew no names
+    written = await store.replay(batch(of(HOST)).columns, named(HOST), refuse_nothing)
+    assert (written.rows, await names(connection)) == (0, named(HOST))

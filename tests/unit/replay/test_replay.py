@@ -67,7 +67,7 @@ class Table:
         self.calls = []
         self._is_dry = is_dry
 
-    async def write(self, columns):
+    async def write(self, columns, _names):
         rows = list(columns.rows())
         self.calls.append(len(rows))
         older = [row for row in rows if row[:2] not in self.rows or self.rows[row[:2]][2] < row.collected_at_us]

@@ -6,11 +6,13 @@ import socket
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
+from urllib.parse import quote
 
 import pytest
 
 import pipeline.serve.http
 import pipeline.serve.streams
+from pipeline.core.report import agent_uuid
 from pipeline.errors import ConfigError, ServiceUnavailable
 from pipeline.serve.http import listen
 from tests.support.serving import WAIT_SECONDS, get, serving, watching
@@ -51,10 +53,11 @@ async def test_many_agents_are_one_query_and_one_without_metadata_is_empty():
     ("path", "status"),
     [
         (f"/agents/{A1}/metadata", 404),
-        ("/agents/nonsense/metadata", 422),
-        ("/agents/nonsense/metadata/watch", 422),
+        ("/agents/host-17/metadata", 404),
+        (f"/agents/{'x' * 256}/metadata", 422),
+        (f"/agents/{'x' * 256}/metadata/watch", 422),
         ("/metadata", 422),
-        ("/metadata?agent=nonsense", 422),
+        ("/metadata?agent=", 422),
         ("/metadata?" + "&".join(f"agent={uuid.UUID(int=number)}" for number in range(501)), 422),
         ("/elsewhere", 404),
         ("/../serve.py", 404),
@@ -64,6 +67,31 @@ async def test_many_agents_are_one_query_and_one_without_metadata_is_empty():
 async def test_request_for_what_is_not_there_is_told_so(path, status):
     async with serving() as server:
         assert (await get(server.url, path))[0] == status
+
+
+@pytest.mark.parametrize("name", ["host-17", "rack 4/host 17", "Zürich#1?&%2F", "<b>\u202e\x1b[31m"])
+async def test_agent_is_found_by_its_name_and_by_its_uuid_in_any_spelling(name):
+    agent_id = uuid.UUID(agent_uuid(name))
+    async with serving() as server:
+        server.stored = [(agent_id, "cpu", "12%", "", datetime.now(UTC), name), (A1, "k", "v", "", datetime.now(UTC))]
+        server.change(name, "cpu", "12%")
+        bodies = []
+        for text in (name, str(agent_id), agent_id.hex.upper()):
+            bodies.append((await get(server.url, f"/agents/{quote(text, safe='')}/metadata"))[1])
+            async with watching(server.url, f"/agents/{quote(text, safe='')}/metadata/watch") as stream:
+                bodies.append((await stream.next()).body)
+            bodies += (await get(server.url, f"/metadata?agent={quote(text)}"))[1]["agents"]
+        async with watching(server.url, f"/metadata/watch?agent={quote(name)}&agent={A1}") as stream:
+            bodies += (await stream.next()).body["agents"]
+        unnamed = (await get(server.url, f"/agents/{A1}/metadata"))[1]
+    assert [(body["agent_id"], body["name"]) for body in bodies] == [(str(agent_id), name)] * len(bodies)
+    assert (unnamed["agent_id"], unnamed["name"]) == (str(A1), None)
+
+
+async def test_agent_without_rows_is_named_as_it_was_asked_for():
+    async with serving() as server:
+        status, body, _ = await get(server.url, "/agents/rack%204%2Fhost%2017/metadata")
+    assert (status, body) == (404, {"detail": "agent rack 4/host 17 has no metadata"})
 
 
 async def test_database_that_is_away_is_a_503_in_one_line():

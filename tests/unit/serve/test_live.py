@@ -52,7 +52,7 @@ def test_count_of_stale_pairs_is_by_each_pairs_own_interval():
 
 
 def change(table, number, value="v", at=T0):
-    table.change(uuid.UUID(int=number), "k", value, "", at, None)
+    table.change(uuid.UUID(int=number), "k", value, "", at, None, f"host-{number}")
 
 
 def test_full_table_keeps_its_pairs_up_to_date_and_leaves_new_ones_out():
@@ -65,6 +65,7 @@ def test_full_table_keeps_its_pairs_up_to_date_and_leaves_new_ones_out():
     assert table.row(uuid.UUID(int=3), "k") is None
     assert (table.count(T0.timestamp())[0], table.left_out_pairs) == (2, 1)
     assert [row.agent_id.int for row in table.newer(0, None)] == [1, 2]
+    assert [table.name(uuid.UUID(int=number)) for number in (1, 2, 3)] == ["host-1", "host-2", None]
 
 
 def test_full_table_leaves_out_a_new_pair_of_an_agent_that_it_holds():
@@ -113,3 +114,10 @@ def test_contents_that_a_row_has_already_are_no_change():
     watcher.take()
     change(table, 1)
     assert (table.version, watcher.changed.is_set()) == (1, False)
+
+
+def test_name_that_comes_after_its_rows_is_shown_with_their_next_change():
+    table = LiveTable(10)
+    table.change(AGENT, "k", "v", "", T0, None)
+    table.change(AGENT, "k", "v", "", T0, None, "host-17")  # no change, and yet the name
+    assert (table.version, table.name(AGENT)) == (1, "host-17")
