@@ -15,8 +15,8 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from prometheus_client import CollectorRegistry
 
-from pipeline.core.report import Entry, Report, apply_limits, encode_report, key_problem
-from pipeline.errors import PipelineError
+from pipeline.core.report import Entry, Report, agent_uuid, apply_limits, encode_report, key_problem
+from pipeline.errors import DecodeError, PipelineError
 from pipeline.kafka.errors import log_unavailable
 from pipeline.monitoring.consumer_metrics import PREFIX
 from pipeline.monitoring.metrics import ProducerMetrics
@@ -85,7 +85,7 @@ class MetadataProducer:
 
     def add(
         self,
-        agent_id: uuid.UUID,
+        agent_id: uuid.UUID | str,
         keys: Sequence[str],
         values: Sequence[str],
         errors: Sequence[str],
@@ -93,14 +93,16 @@ class MetadataProducer:
     ) -> bool:
         """Queue one report; never blocks. Return False if the local queue was full and the report was dropped.
 
+        `agent_id` is a UUID, or any other text of at most 255 characters, which is the agent's name then.
+
         Shape: `keys`, `values` and `errors` have the same length, an error being "" where there is none; without keys
         there is no report. `collected_at` is an aware time for all keys, one per key, or None for the time at which the
         report reaches Kafka.
 
         Raises:
-            ValueError: lengths differ, a time is naive, a key is too long, or the report is too large for a record
-                (nothing is queued); or the keys together exceed 6,144 bytes: the keys before that are queued, as in
-                coder's agent API.
+            ValueError: lengths differ, a time is naive, a key or name is too long, or the report is too large for a
+                record (nothing is queued); or the keys together exceed 6,144 bytes: the keys before that are queued, as
+                in coder's agent API.
             RuntimeError: the producer is closed.
             PipelineError: Kafka refuses reports for this topic from this user; or, for good, from this producer.
         """
@@ -170,7 +172,7 @@ class MetadataProducer:
 
 
 def _report(
-    agent_id: uuid.UUID,
+    agent_id: uuid.UUID | str,
     keys: Sequence[str],
     values: Sequence[str],
     errors: Sequence[str],
@@ -191,7 +193,19 @@ def _report(
         Entry(key, value, error, None if shared is not None else moment)
         for key, value, error, moment in zip(keys, values, errors, times, strict=True)
     ]
-    return Report(str(agent_id), entries, shared)
+    return Report(_agent(agent_id), entries, shared)
+
+
+def _agent(agent_id: uuid.UUID | str) -> str:
+    """Return the canonical form of a UUID, as an agent's records need the same key, or a name as it is."""
+    text = str(agent_id)
+    try:
+        agent_uuid(text)
+        return str(uuid.UUID(text))
+    except DecodeError as error:
+        raise ValueError(str(error)) from None
+    except ValueError:
+        return text
 
 
 def _to_utc(moment: datetime) -> datetime:

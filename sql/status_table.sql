@@ -1,12 +1,24 @@
--- Purpose: count rows, agents, and those of them whose newest value is older than $1 seconds.
--- $1 double precision, seconds.
+-- Purpose: count rows, agents, and those of them whose newest value is older than $1 seconds; name $2 of these, those
+-- that fell silent last.
+-- $1 double precision, seconds; $2 integer.
+-- Times are clamped to the year 1, as in read_rows.sql.
 -- Locks: none. Reads the whole table.
+with agent as materialized (
+    select workspace_agent_id as agent_id, count(*) as pairs, max(collected_at) as newest
+    from workspace_agent_metadata
+    group by workspace_agent_id
+),
+stale as materialized (
+    select agent_id, newest from agent where newest < now() - make_interval(secs => $1)
+),
+shown as (
+    select agent_id, name, greatest(newest, timestamptz '0001-01-01 00:00:00+00') as newest
+    from (select * from stale order by newest desc, agent_id limit $2) as latest
+        left join agent_metadata_names using (agent_id)
+)
 select
     coalesce(sum(pairs), 0)::bigint as rows,
     count(*) as agents,
-    count(*) filter (where newest < now() - make_interval(secs => $1)) as stale_agents
-from (
-    select count(*) as pairs, max(collected_at) as newest
-    from workspace_agent_metadata
-    group by workspace_agent_id
-) as agent
+    (select count(*) from stale) as stale_agents,
+    (select coalesce(json_agg(shown order by newest desc, agent_id), '[]') from shown)::text as latest_stale
+from agent

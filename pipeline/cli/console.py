@@ -100,11 +100,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(msgspec.to_builtins(value)), flush=True)
 
 
-def canonical_agents(agents: Sequence[str] | None, *, name: str = "--agent") -> frozenset[str]:
-    """Return agent ids in their canonical form; `name` is what an error calls the option.
+def agent_ids(agents: Sequence[str] | None, *, name: str = "--agent") -> frozenset[str]:
+    """Return the UUIDs of agents that are given by UUID or name; `name` is what an error calls the option.
 
     Raises:
-        ConfigError: one is not a UUID.
+        ConfigError: a name is empty, or too long.
     """
     try:
         return frozenset(agent_uuid(text) for text in agents or ())

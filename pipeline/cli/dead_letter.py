@@ -19,7 +19,10 @@ from pipeline.jobs.redrive import LetterFilter, dead_letters, redrive
 app = CommandGroup(help="Inspect the records and rows that were refused, and try them again once the cause is fixed.")
 
 AgentOption = Annotated[
-    str | None, typer.Option("--agent", metavar="UUID", help="Only those of this agent, by the record key.")
+    str | None,
+    typer.Option(
+        "--agent", metavar="AGENT", help="Only those of this agent, by UUID or name; the record key says whose it is."
+    ),
 ]
 StageOption = Annotated[
     str | None, typer.Option("--stage", metavar="STAGE", help="Only those refused by this stage: worker or sink.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-import uuid
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.console import CommandGroup, JsonOption, command_settings, complain, print_json, run_job
-from pipeline.core.report import Report, agent_uuid, decode_report
+from pipeline.core.report import Report, decode_report
 from pipeline.errors import DecodeError, PipelineError
 from pipeline.kafka.topics import require_topics
 from pipeline.local.simulate import Simulated, reports, send_at_pace
@@ -50,8 +49,8 @@ def produce(
 ) -> None:
     """Produce reports: those on stdin, one JSON object per line, or those of simulated agents (--agents).
 
-    A line on stdin: {"agent_id": UUID, "entries": [{"key": "cpu", "value": "12%"}]}. "collected_at", in RFC 3339, and
-    an entry's "error" are optional. A line that is refused is reported on stderr, and the others are sent.
+    A line on stdin: {"agent_id": UUID or name, "entries": [{"key": "cpu", "value": "12%"}]}. "collected_at" (RFC 3339)
+    and an entry's "error" are optional. A line that is refused is reported on stderr, and the others are sent.
     """
     settings = command_settings()
     events = settings.declared_topics()["events"]
@@ -110,7 +109,7 @@ def _add(producer: MetadataProducer, report: Report) -> bool:
         now = datetime.now().astimezone()
         times = [entry.collected_at or report.collected_at or now for entry in entries]
     return producer.add(
-        uuid.UUID(agent_uuid(report.agent_id)),
+        report.agent_id,
         [entry.key for entry in entries],
         [entry.value for entry in entries],
         [entry.error for entry in entries],

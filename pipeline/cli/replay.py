@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pipeline.cli.console import (
     CommandGroup,
     JsonOption,
-    canonical_agents,
+    agent_ids,
     command_settings,
     complain,
     print_json,
@@ -51,7 +51,7 @@ def replay(
     ] = None,
     end: Annotated[str, typer.Option("--to", metavar="TIME", help="End of the range, exclusive.")] = NOW,
     agents: Annotated[
-        list[str] | None, typer.Option("--agent", metavar="UUID", help="Only this agent's rows; repeat it for more.")
+        list[str] | None, typer.Option("--agent", metavar="AGENT", help="Only this agent's rows; repeat it for more.")
     ] = None,
     keys: Annotated[
         list[str] | None, typer.Option("--key", metavar="KEY", help="Only this key's rows; repeat it for more.")
@@ -91,7 +91,7 @@ def replay(
     settings = command_settings()
     if dry_run and resume:
         raise ConfigError("--dry-run changes nothing, so there is nothing to --resume: give only one of them")
-    only = PairFilter(canonical_agents(agents), frozenset(keys or ()))
+    only = PairFilter(agent_ids(agents), frozenset(keys or ()))
     plan = load_plan(resume) if resume else None
     if plan is None:
         plan = _new_plan(start, end, source or "events", only)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 import typer
@@ -14,7 +14,7 @@ from rich.table import Table
 from pipeline.cli.console import (
     CommandGroup,
     JsonOption,
-    canonical_agents,
+    agent_ids,
     command_settings,
     print_json,
     run_job,
@@ -30,6 +30,8 @@ from pipeline.jobs.why import Trace, explain
 from pipeline.postgres.connections import connected
 from pipeline.postgres.migrations import require_schema
 from pipeline.settings import Settings
+
+_MOST_CHARACTERS: Final = 60
 
 app = CommandGroup()
 shadow_app = CommandGroup(
@@ -121,6 +123,9 @@ def _show_status(found: Status, problems: list[str], stale_after: float) -> None
         ("table", rows),
     ):
         console.print(f"{name:15} {text}", markup=False)
+    for agent in held.latest_stale if held else ():
+        console.print(shown(f"{'  fell silent':15} {agent.name or agent.agent_id}", _MOST_CHARACTERS), end=", ")
+        console.print(_ago(agent.newest), markup=False)
     if found.outage_seconds is None:
         console.print(
             "? = no role's /metrics answers; say where they are: --metrics http://host:port/metrics", markup=False
@@ -140,7 +145,7 @@ def _ago(moment: datetime | None) -> str:
 
 @app.command()
 def why(
-    agent_id: Annotated[str, typer.Argument(metavar="AGENT", help="The agent's UUID.")],
+    agent_id: Annotated[str, typer.Argument(metavar="AGENT", help="The agent's UUID or name.")],
     key: Annotated[str, typer.Argument(metavar="KEY", help="The metadata key.")],
     as_json: JsonOption = False,
 ) -> None:
@@ -149,7 +154,7 @@ def why(
     Exit code 1 unless the row is as new as the newest event.
     """
     settings = command_settings()
-    (agent_id,) = canonical_agents([agent_id], name="AGENT")
+    (agent_id,) = agent_ids([agent_id], name="AGENT")
     found = run_job(_trace(settings, agent_id, key))
     verdict, explanation = explain(found)
     if as_json:

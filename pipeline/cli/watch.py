@@ -15,7 +15,7 @@ from rich.table import Table
 from pipeline.cli.console import (
     CommandGroup,
     JsonOption,
-    canonical_agents,
+    agent_ids,
     command_settings,
     print_json,
     run_job,
@@ -34,13 +34,13 @@ app = CommandGroup()
 @app.command()
 def watch(
     agents: Annotated[
-        list[str] | None, typer.Argument(metavar="AGENT", help="UUIDs of agents.", show_default="all agents")
+        list[str] | None, typer.Argument(metavar="AGENT", help="UUIDs or names of agents.", show_default="all agents")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show rows as they change: a live table on a terminal, else a JSON line for each change. Ctrl-C ends it."""
     settings = command_settings()
-    watched = [uuid.UUID(agent) for agent in canonical_agents(agents, name="AGENT")] if agents else None
+    watched = [uuid.UUID(agent) for agent in agent_ids(agents, name="AGENT")] if agents else None
     show = _print_change if as_json or not sys.stdout.isatty() else _LiveTable().show
     run_job(_watch(settings, watched, show))
 
@@ -55,6 +55,7 @@ async def _watch(settings: Settings, watched: list[uuid.UUID] | None, show: Call
 def _print_change(change: Change) -> None:
     line = {
         "agent_id": str(change.agent_id),
+        "name": change.name,
         "key": change.key,
         "value": change.value,
         "error": change.error,
@@ -84,6 +85,6 @@ class _LiveTable:
         now = datetime.now().astimezone()
         for change in self._changes.values():
             age = f"{max(0.0, (now - change.collected_at).total_seconds()):.0f} s"
-            texts = (str(change.agent_id), change.key, change.value, change.error, age)
+            texts = (change.name or str(change.agent_id), change.key, change.value, change.error, age)
             table.add_row(*(shown(text, limit=_MOST_CHARACTERS) for text in texts))
         return table

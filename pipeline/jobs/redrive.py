@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from pipeline.core.dead_letter import REDRIVES_HEADER, DeadLetter, restore
 from pipeline.core.decoding import RecordDecoder
-from pipeline.core.report import Report, encode_report
+from pipeline.core.report import Report, agent_uuid, encode_report
 from pipeline.errors import ANSWER_SECONDS, DecodeError, PipelineError, TopicMismatch
 from pipeline.formats.decoder import decoders
 from pipeline.kafka.admin import KafkaAdmin
@@ -40,11 +40,19 @@ class LetterFilter(NamedTuple):
     def matches(self, letter: DeadLetter) -> bool:
         """Tell whether a dead letter is chosen."""
         return (
-            (self.agent is None or letter.agent.lower() == self.agent.lower())
+            (self.agent is None or _is_same_agent(self.agent, letter.agent))
             and (self.stage is None or letter.stage == self.stage)
             and (self.reason is None or self.reason.lower() in letter.reason.lower())
             and (self.offset is None or self.offset == (letter.partition, letter.offset))
         )
+
+
+def _is_same_agent(one: str, other: str) -> bool:
+    """Tell whether two texts are the same agent's: the same name, or its UUID in any spelling."""
+    try:
+        return one == other or agent_uuid(one) == agent_uuid(other)
+    except DecodeError:
+        return False
 
 
 class RedriveCounts(NamedTuple):

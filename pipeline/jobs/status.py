@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 import msgspec
 from asyncpg import Connection
-from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.core.batch import decode_batch
 from pipeline.core.replication import Risk
 from pipeline.errors import ANSWER_SECONDS, DecodeError, NewerVersion, ServiceUnavailable
+from pipeline.jobs.scrape import highest, open_pairs, scrape
 from pipeline.kafka.admin import KafkaAdmin, Offsets
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
 from pipeline.kafka.topics import TopicFacts, find_risks, require_topics
@@ -26,10 +25,9 @@ from pipeline.settings import Settings
 
 # The table is counted by a full scan, which must not delay the rest.
 _TABLE_SECONDS: Final = 10.0
-_SCRAPE_SECONDS: Final = 2.0
+_SHOWN_STALE: Final = 5
 
 OffsetsByPartition = Mapping[int, Offsets]
-Sample = tuple[str, Mapping[str, str], float]
 
 
 class PartitionStatus(msgspec.Struct):
@@ -53,12 +51,21 @@ class PartitionStatus(msgspec.Struct):
     uncommitted_seconds: float = 0.0
 
 
+class StaleAgent(msgspec.Struct):
+    """An agent whose newest value is too old; `name` is what it calls itself, if that is no UUID."""
+
+    agent_id: str
+    name: str | None
+    newest: datetime
+
+
 class TableStatus(msgspec.Struct):
-    """What the table contains; an agent is stale if its newest value is too old."""
+    """What the table contains; `latest_stale` are the five stale agents that fell silent last."""
 
     rows: int
     agents: int
     stale_agents: int
+    latest_stale: list[StaleAgent] = []
 
 
 class Status(msgspec.Struct):
@@ -151,7 +158,7 @@ async def gather_status(
     next_offsets = {number: row["next_offset"] for number, row in applied.items()}
     sink, first_batches = await _lags(settings, topics["batches"], next_offsets, groups.batches)
     open_for = await _open_for(settings, topics["events"], groups.events)
-    samples = await asyncio.to_thread(_scrape, metrics_urls)
+    samples = await asyncio.to_thread(scrape, metrics_urls)
     risks = await asyncio.to_thread(find_risks, settings.client_config(), settings.declared_topics())
     return Status(
         workers=groups.workers,
@@ -160,7 +167,7 @@ async def gather_status(
             PartitionStatus(
                 number,
                 *worker[number],
-                _open_pairs(samples, number),
+                open_pairs(samples, number),
                 *sink[number],
                 applied[number]["updated_at"] if number in applied else None,
                 _why_unreadable(first_batches[number]) if number in first_batches else None,
@@ -173,8 +180,8 @@ async def gather_status(
         table=await _table(connection, stale_after_seconds),
         is_table_emptied=is_over(epoch),
         risks=risks,
-        outage_seconds=_highest(samples, "agent_metadata_outage_seconds"),
-        held_partitions=_highest(samples, "agent_metadata_held_partitions"),
+        outage_seconds=highest(samples, "agent_metadata_outage_seconds"),
+        held_partitions=highest(samples, "agent_metadata_held_partitions"),
     )
 
 
@@ -258,35 +265,9 @@ async def _table(connection: Connection, stale_after_seconds: float) -> TableSta
     async with translated_errors("counting rows"):
         try:
             row = await fetch_one(
-                connection, statement("status_table"), stale_after_seconds, timeout_seconds=_TABLE_SECONDS
+                connection, statement("status_table"), stale_after_seconds, _SHOWN_STALE, timeout_seconds=_TABLE_SECONDS
             )
         except TimeoutError:
             return None
-    return TableStatus(row["rows"], row["agents"], row["stale_agents"])
-
-
-def _scrape(urls: Sequence[str]) -> list[Sample]:
-    """Read (name, labels, value) of the roles' metrics; roles that don't answer are left out."""
-    samples: list[Sample] = []
-    for url in urls:
-        try:
-            with urllib.request.urlopen(url, timeout=_SCRAPE_SECONDS) as answer:  # noqa: S310  # http(s), checked before
-                text = answer.read().decode()
-        except OSError:
-            continue
-        for family in text_string_to_metric_families(text):
-            samples += [(sample.name, sample.labels, sample.value) for sample in family.samples]
-    return samples
-
-
-def _highest(samples: Sequence[Sample], metric: str) -> float | None:
-    return max((value for name, _, value in samples if name == metric), default=None)
-
-
-def _open_pairs(samples: Sequence[Sample], partition: int) -> int | None:
-    values = [
-        value
-        for name, labels, value in samples
-        if name == "agent_metadata_open_pairs" and labels.get("partition") == str(partition)
-    ]
-    return int(max(values)) if values else None
+    latest = msgspec.json.decode(row["latest_stale"], type=list[StaleAgent])
+    return TableStatus(row["rows"], row["agents"], row["stale_agents"], latest)

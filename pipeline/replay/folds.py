@@ -45,11 +45,6 @@ class Fold(Protocol):
         """How many unique pairs are in memory."""
         ...
 
-    @property
-    def names(self) -> Mapping[str, str]:
-        """What agents call themselves, by id, where that is no UUID."""
-        ...
-
     def retain(self, keep: KeepPair) -> None:
         """Forget every pair but those that `keep(agent_id, key)` accepts."""
         ...
@@ -87,11 +82,6 @@ class EventsFold:
     def pairs(self) -> int:
         """How many unique pairs are in memory."""
         return self._window.pairs
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        """STUB."""
-        return {}
 
     def retain(self, keep: KeepPair) -> None:
         """Forget every pair but those to keep."""
@@ -154,11 +144,6 @@ class BatchesFold:
     def pairs(self) -> int:
         """How many unique pairs are in memory."""
         return len(self._newest)
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        """STUB."""
-        return {}
 
     def retain(self, keep: KeepPair) -> None:
         """Forget every pair but those to keep."""

@@ -47,7 +47,9 @@ async def test_running_pipeline_is_healthy_and_shows_what_it_holds(deploy):
     found = json.loads(out)
     assert (code, err, found["healthy"], found["problems"]) == (0, "", True, [])
     assert (found["workers"], found["sinks"], found["dead_letters"], found["outage_seconds"]) == (1, 1, 0, 0)
+    latest = found["table"].pop("latest_stale")
     assert found["table"] == {"rows": 40, "agents": 20, "stale_agents": 20}
+    assert len(latest) == 5
     assert [item["partition"] for item in found["partitions"]] == [0, 1, 2, 3]
     assert {item["open_pairs"] for item in found["partitions"]} == {0}
     assert any(item["last_applied_at"] for item in found["partitions"])

@@ -207,7 +207,7 @@ async def work_of_status(url: str) -> None:
         await require_schema(connection)
         await connection.fetch(statement("status_progress"), "id")
         await connection.fetch(statement("read_epoch"))
-        await connection.fetch(statement("status_table"), 1.0)
+        await connection.fetch(statement("status_table"), 1.0, 5)
         await connection.fetch(statement("read_row"), AGENT, "cpu")
 
 
