@@ -6,6 +6,7 @@ import pytest
 from playwright.async_api import expect
 
 import pipeline.serve.live
+from pipeline.core.report import agent_uuid
 from tests.support.serving import Serving, serving
 
 pytestmark = pytest.mark.browser
@@ -146,6 +147,54 @@ async def test_hostile_text_stays_text(page):
         assert max(heights) <= 200
         assert await page.locator("script, iframe, base, img, style").count() == 1  # the page's own script
     assert all(url.startswith(server.url) for url in requests)
+
+
+async def test_agent_with_a_name_is_shown_by_it_and_found_by_either(page):
+    host, other = (uuid.UUID(agent_uuid(name)) for name in ("host-17", "host-2"))
+    async with serving() as server:
+        server.change(A1, "cpu", "1%")
+        server.change(host, "cpu", "2%")  # by a sink that knows no names yet
+        server.change("host-2", "cpu", "3%")
+        await page.goto(server.url)
+        await expect(row(page, host).locator(".id")).to_have_text(str(host))
+        server.change("host-17", "cpu", "4%")
+        ids = page.locator(".agent .id")
+        await expect(ids).to_have_text([str(A1), "host-17", "host-2"])  # in the order of what is shown
+        await expect(row(page, host).locator(".id")).to_have_attribute("title", f"host-17\n{host}")
+        for query in ("HOST-17", str(host)[:13]):
+            await page.fill("#search", query)
+            await expect(ids).to_have_text(["host-17"])
+        await page.fill("#search", "")
+        await row(page, other).click()
+        await expect(page.locator("#details-agent")).to_have_text("host-2")
+        await expect(page.locator("#details-id")).to_have_text(str(other))
+        await page.keyboard.press("Escape")
+        await row(page, A1).click()
+        await expect(page.locator("#details-agent")).to_have_text(str(A1))
+        await expect(page.locator("#details-id")).to_be_hidden()
+
+
+async def test_hostile_name_stays_text(page):
+    names = [text[:255] for text in HOSTILE]
+    async with serving() as server:
+        for name in names:
+            server.change(name, "cpu", "1%")
+        await page.goto(server.url)
+        await expect(page.locator(".agent")).not_to_have_count(0)
+        heights = await page.locator(".agent").evaluate_all("rows => rows.map(row => row.offsetHeight)")
+        for name in names:
+            agent = uuid.UUID(agent_uuid(name))
+            await page.fill("#search", str(agent))
+            await expect(page.locator(".agent")).to_have_count(1)
+            assert await row(page, agent).locator(".id").evaluate("item => item.textContent") == name
+            await row(page, agent).locator(".age").click()
+            assert await page.locator("#details-agent").evaluate("item => item.textContent") == name
+            heights.append(await page.locator("#details-agent").evaluate("item => item.offsetHeight"))
+            assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            await page.keyboard.press("Escape")
+        assert await page.evaluate("window.ran") is None
+        assert max(heights) <= 130
+        assert await page.locator("script, iframe, base, img, style").count() == 1  # the page's own script
 
 
 async def test_search_sort_and_pause(page):

@@ -11,7 +11,7 @@ const byId = (id) => document.getElementById(id);
 const grid = byId("grid");
 const body = byId("body");
 
-const agents = new Map(); // id -> {id, rows: Map(key -> row), at, text}
+const agents = new Map(); // id -> {id, label, rows: Map(key -> row), at, text}; the label is the name, if there is one
 const keyCounts = new Map(); // key -> number of agents that have it
 let keys = []; // those with a column
 let shown = []; // the agents that pass the search, in order
@@ -97,10 +97,14 @@ function take(event) {
     needsOrder = true;
   }
   if (!agents.size) needsSummary = true; // the first rows are counted at once, later ones every second
-  for (const { agent_id: id, metadata } of changed) {
+  for (const { agent_id: id, name, metadata } of changed) {
     let agent = agents.get(id);
     if (!agent) {
-      agents.set(id, (agent = { id, rows: new Map(), at: 0, text: null }));
+      agents.set(id, (agent = { id, label: id, rows: new Map(), at: 0, text: null }));
+      needsOrder = true;
+    }
+    if (name && name !== agent.label) {
+      agent.label = name;
       needsOrder = true;
     }
     for (const row of metadata) {
@@ -139,6 +143,7 @@ byId("login").addEventListener("close", () => {
 // ---- order ----
 
 const compare = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
+const byLabel = (one, two) => compare(one.label, two.label) || compare(one.id, two.id);
 const nowMs = () => pausedAt ?? Date.now() + clockAheadMs;
 const isStale = (row, now) => now - row.at > row.staleMs;
 
@@ -153,7 +158,7 @@ function tally(agent, now) {
 }
 
 function searched(agent) {
-  agent.text ??= [agent.id, ...[...agent.rows].flatMap(([key, row]) => [key, row.value, row.error])].join("\n").toLowerCase();
+  agent.text ??= [agent.id, agent.label, ...[...agent.rows].flatMap(([key, row]) => [key, row.value, row.error])].join("\n").toLowerCase();
   return agent.text.includes(query);
 }
 
@@ -181,14 +186,14 @@ function order() {
   if (query) shown = shown.filter(searched);
   const sign = sort.isDescending ? -1 : 1;
   if (sort.by === "agent") {
-    shown.sort((a, b) => sign * compare(a.id, b.id));
+    shown.sort((a, b) => sign * byLabel(a, b));
     return;
   }
   const now = nowMs();
   const sorted = shown.map((agent) => [sortKey(agent, now), agent]);
   sorted.sort(([a, one], [b, two]) => {
     if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1; // numbers first, whatever the direction
-    return sign * compare(a, b) || compare(one.id, two.id);
+    return sign * compare(a, b) || byLabel(one, two);
   });
   shown = sorted.map(([, agent]) => agent);
 }
@@ -213,6 +218,8 @@ function element(name, className = "", role = "") {
 function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
+
+const fullName = ({ id, label }) => (label === id ? id : `${label}\n${id}`);
 
 function age(ms) {
   const seconds = Math.max(0, Math.floor(ms / 1000));
@@ -280,8 +287,8 @@ function drawRow(element, agent, index, now) {
   const { errors, stale } = tally(agent, now);
   element.classList.toggle("stale", stale > 0 && stale === agent.rows.size);
   const [id, when, state, ...cells] = element.children;
-  setText(id, agent.id);
-  id.title = agent.id;
+  setText(id, agent.label);
+  id.title = fullName(agent);
   setText(when, age(now - agent.at));
   const hidden = agent.rows.size - keys.filter((key) => agent.rows.has(key)).length;
   setText(state, [errors && `${errors} error${errors > 1 ? "s" : ""}`, stale && `${stale} stale`, hidden && `+${hidden} keys`].filter(Boolean).join(" · "));
@@ -350,8 +357,9 @@ function open(id) {
 
 function drawDetails(now) {
   if (opened === null) return;
-  const rows = agents.get(opened)?.rows ?? new Map();
-  setText(byId("details-agent"), opened);
+  const { label, rows } = agents.get(opened) ?? { label: opened, rows: new Map() };
+  setText(byId("details-agent"), label);
+  setText(byId("details-id"), label === opened ? "" : opened);
   const list = byId("details-rows");
   while (list.children.length > rows.size * 3) list.lastChild.remove();
   while (list.children.length < rows.size * 3) list.append(element("dt"), element("dd"), element("dd", "when"));
