@@ -40,7 +40,14 @@ def create_topic(servers: str, name: str, partitions: int = PARTITIONS) -> None:
     admin.create_topics([topic])[name].result()
 
 
-def fill_events(servers: str, topic: str, *, entries: int, entries_a_report: int) -> dict[tuple[str, str], Any]:
+def fill_events(
+    servers: str,
+    topic: str,
+    *,
+    entries: int,
+    entries_a_report: int,
+    encode: Callable[[Report], bytes] = encode_report,
+) -> dict[tuple[str, str], Any]:
     """Produce reports of 2,000 agents x 10 keys in turn; return the newest (value, collected_at) of each pair."""
     create_topic(servers, topic)
     producer = Producer(
@@ -64,7 +71,7 @@ def fill_events(servers: str, topic: str, *, entries: int, entries_a_report: int
         ]
         for entry in made:
             newest[agent_id, entry.key] = (entry.value, now)
-        producer.produce(topic, encode_report(Report(agent_id, made, now)), agent_id)
+        producer.produce(topic, encode(Report(agent_id, made, now)), agent_id)
         if number % 10_000 == 0:
             producer.poll(0)
     producer.flush()

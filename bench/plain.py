@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -46,7 +46,7 @@ def assigned_consumer(servers: str, topic: str) -> tuple[Consumer, list[float]]:
     return consumer, started
 
 
-def fold(messages: Sequence[Any], newest: Newest) -> int:
+def fold(messages: Sequence[Any], newest: Newest, decode: Callable[[bytes], Any] = decode) -> int:
     """Keep the latest of each pair; return how many entries there were."""
     count = 0
     for message in messages:

@@ -72,8 +72,16 @@ def plain(topic: str, servers: str, entries: int, **_: Any) -> None:
     print(json.dumps({"entries": count, "seconds": time.perf_counter() - started[0]}))
 
 
-def ours(topic: str, servers: str, entries: int, entries_a_report: int, batches: str, **_: Any) -> None:
-    """The worker as `agent-metadata worker` runs it."""
+def ours(
+    topic: str,
+    servers: str,
+    entries: int,
+    entries_a_report: int,
+    batches: str,
+    settings: dict[str, Any] | None = None,
+    **_: Any,
+) -> None:
+    """The worker as `agent-metadata worker` runs it; `settings` are those that the topic's format needs."""
     import uvloop
     from prometheus_client import CollectorRegistry
 
@@ -87,22 +95,23 @@ def ours(topic: str, servers: str, entries: int, entries_a_report: int, batches:
     from pipeline.worker import Worker
 
     async def main() -> None:
-        settings = Settings(
+        configured = Settings(
             kafka_bootstrap_servers=servers,
             events_topic=topic,
             batches_topic=batches,
             consumer_group=f"ours-{uuid.uuid4().hex[:8]}",
             window_seconds=1.0,
+            **(settings or {}),
         )
         registry = CollectorRegistry()
-        publisher = Publisher(settings.client_config())
+        publisher = Publisher(configured.client_config())
 
         async def topic_id() -> str:
             return "bench"
 
         metrics = WorkerMetrics(registry)
         worker = Worker(
-            settings,
+            configured,
             publisher=publisher,
             dead_letters=DeadLetterWriter(publisher, "none", stage="worker", source_topic=topic),  # no record is bad
             incarnation=Incarnation(topic, topic_id),
