@@ -10,8 +10,9 @@ An agent's report takes this path; each step is a module or a folder:
     listener.py    MetadataListener.changes: NOTIFY, then the rows as they are now
     serve/         the rows in memory, for any number of browsers
 
-Besides these, replay/ writes a topic's range again. core/ is what they share, without I/O; roles/ are the processes
-that run them, jobs/ what an operator runs once, cli/ the command.
+Besides these, replay/ writes a topic's range again, and bridge/ makes reports of what coder's own batcher writes. core/
+is what they share, without I/O; roles/ are the processes that run them, jobs/ what an operator runs once, cli/ the
+command.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import tomllib
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Literal
-from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, TomlConfigSettingsSource
@@ -20,6 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.kafka.security import PREFIX as PREFIX  # it is the prefix of all settings: exported from here too
 from pipeline.kafka.security import KafkaSecurity
 from pipeline.kafka.topics import TopicSpec, load_topic_specs
+from pipeline.postgres.urls import PostgresUrls
 
 CONFIG_FILE_VARIABLE: Final = "AGENT_METADATA_CONFIG_FILE"
 # How long a role that is stopped may take to write what it holds. Source: metadatabatcher's final flush.
@@ -37,23 +37,13 @@ _IN_WORDS: Final = {
 _log = logging.getLogger(__name__)
 
 
-class Settings(KafkaSecurity):
+class Settings(PostgresUrls, KafkaSecurity):
     """What an operator may set; a field's environment variable is AGENT_METADATA_ and its name in capitals.
 
     KAFKA_BOOTSTRAP_SERVERS, DATABASE_URL and DATABASE_LISTEN_URL are shared with other programs and carry no prefix.
     In the TOML file that AGENT_METADATA_CONFIG_FILE names, settings have the names of the fields.
     """
 
-    database_url: SecretStr = Field(
-        default=SecretStr("postgresql://localhost/agent_metadata"),
-        validation_alias="DATABASE_URL",
-        description="postgresql:// URL of the database that holds workspace_agent_metadata",
-    )
-    database_listen_url: SecretStr | None = Field(
-        default=None,
-        validation_alias="DATABASE_LISTEN_URL",
-        description="for listeners, where DATABASE_URL goes through a pool that can't LISTEN; unset: DATABASE_URL",
-    )
     events_topic: str = Field(default="agent-metadata.events.v1", pattern=_TOPIC_NAME, description="reports of agents")
     batches_topic: str = Field(
         default="agent-metadata.batches.v1", pattern=_TOPIC_NAME, description="closed windows, for sinks"
@@ -140,15 +130,6 @@ class Settings(KafkaSecurity):
     )
     log_format: Literal["console", "json"] = Field(default="console", description="format of the log on stderr")
 
-    @field_validator("database_url", "database_listen_url")
-    @classmethod
-    def _is_postgres_url(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
-            raise ValueError("must start with postgresql://")
-        if value is not None:
-            _refuse_missing_files(value.get_secret_value())
-        return value
-
     @field_validator("serve_token")
     @classmethod
     def _is_token(cls, value: SecretStr | None) -> SecretStr | None:
@@ -189,12 +170,6 @@ class Settings(KafkaSecurity):
     def sink_group(self) -> str:
         """The sink's consumer group."""
         return f"{self.consumer_group}-sink"
-
-    def listener_url(self) -> tuple[str, str]:
-        """Return the database URL for listeners, and the name of the setting that it comes from."""
-        if self.database_listen_url:
-            return self.database_listen_url.get_secret_value(), "DATABASE_LISTEN_URL"
-        return self.database_url.get_secret_value(), "DATABASE_URL"
 
     @property
     def topic_names(self) -> dict[str, str]:
@@ -247,16 +222,6 @@ def describe_settings(settings: Settings) -> list[tuple[str, str, str]]:
         origin = "environment" if variable in in_environment else str(file) if name in in_file else "default"
         described.append((variable, "" if value is None else str(value), origin))
     return described
-
-
-def _refuse_missing_files(url: str) -> None:
-    try:
-        parameters = dict(parse_qsl(urlsplit(url).query))
-    except ValueError:
-        return  # asyncpg explains it better
-    for name in ("sslrootcert", "sslcert", "sslkey"):
-        if name in parameters and not Path(parameters[name]).is_file():
-            raise ValueError(f"{name}={parameters[name]}: there is no such file")
 
 
 def _config_file() -> Path | None:

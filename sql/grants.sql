@@ -3,7 +3,9 @@
 -- variables, each the name of an existing user:
 --     psql "$DATABASE_URL" -v migrate=NAME -f grants.sql
 --     psql "$DATABASE_URL" -v sink=NAME -v refill=NAME -v serve=NAME -v status=NAME -f grants.sql
--- The first before `agent-metadata db migrate`, the second after it, when there are tables. Running it again is safe.
+--     psql "$AGENT_METADATA_BRIDGE_DATABASE_URL" -v bridge=NAME -f grants.sql
+-- The first before `agent-metadata db migrate`, the second after it, when there are tables; the third in coder's own
+-- database. Running it again is safe.
 -- Schema: the first of the search path, as for the pipeline itself.
 -- Guard: of workspace_agent_metadata only what reports change can be written. In coder's own table the other columns
 --    hold, among other things, the scripts that agents run.
@@ -54,6 +56,13 @@ grant connect on database :"DBNAME" to :"status";
 grant usage on schema :in_schema to :"status";
 grant select on workspace_agent_metadata, agent_metadata_progress, agent_metadata_epoch, agent_metadata_names,
     agent_metadata_migrations to :"status";
+\endif
+
+-- xmin says which transaction wrote a row.
+\if :{?bridge}
+grant connect on database :"DBNAME" to :"bridge";
+grant usage on schema :in_schema to :"bridge";
+grant select (workspace_agent_id, key, value, error, collected_at, xmin) on workspace_agent_metadata to :"bridge";
 \endif
 
 commit;

@@ -48,7 +48,7 @@ async def shadow_diff(connection: Connection, *, live_schema: str, settle_second
         if tables["live"] == tables["shadow"]:
             raise ConfigError(
                 f"DATABASE_URL points to the table of {live_schema} itself: add search_path=shadow to it, "
-                "see docs/operating.md"
+                "see docs/coder.md"
             )
         query = statement("shadow_diff").replace("live_schema.", f"{tables['live_schema']}.")
         row = await fetch_one(connection, query, settle_seconds, _MAX_PAIRS, timeout_seconds=_COMPARE_SECONDS)

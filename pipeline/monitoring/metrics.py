@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Final, Literal
 
@@ -227,3 +228,37 @@ class ListenerMetrics:
             "Connections lost; what was missed is read after reconnecting.",
             registry=registry,
         )
+
+
+class BridgeMetrics:
+    """What a bridge counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.rows = Counter("agent_metadata_bridge_rows", "Changed rows of coder's table sent.", registry=registry)
+        self.reports = Counter(
+            "agent_metadata_bridge_reports", "Reports made of them, acknowledged by Kafka.", registry=registry
+        )
+        self.cuts = Counter(
+            "agent_metadata_bridge_cuts",
+            "Connections to coder's database lost; after each, the whole table is sent again.",
+            registry=registry,
+        )
+        self.outage_seconds = Gauge(
+            "agent_metadata_outage_seconds", "How long a service has been unavailable.", ["service"], registry=registry
+        )
+        self._look_seconds = Gauge(
+            "agent_metadata_bridge_look_seconds",
+            "How long the last look through coder's table took, until Kafka had acknowledged what it found.",
+            registry=registry,
+        )
+        self._began_at = time.monotonic()
+        Gauge(
+            "agent_metadata_bridge_lag_seconds",
+            "Age of the last state of coder's table that is in Kafka as a whole.",
+            registry=registry,
+        ).set_function(lambda: time.monotonic() - self._began_at)
+
+    def show_look(self, began_at: float, seconds: float) -> None:
+        """Show a look that is complete; it began at this time of the monotonic clock."""
+        self._began_at = began_at
+        self._look_seconds.set(seconds)

@@ -95,8 +95,10 @@ async def open_pool(
         )
 
 
-async def require_sessions(database_url: str, url_setting: str = "DATABASE_URL") -> None:
-    """Check that LISTEN works: that no pooler in transaction mode is in between.
+async def require_sessions(
+    database_url: str, url_setting: str = "DATABASE_URL", listen_setting: str = "DATABASE_LISTEN_URL"
+) -> None:
+    """Check that LISTEN works: that no pooler in transaction mode is in between; `listen_setting` is the way round one.
 
     Raises:
         ConfigError: one is, and a listener would receive nothing; or as `connect`.
@@ -114,7 +116,7 @@ async def require_sessions(database_url: str, url_setting: str = "DATABASE_URL")
     if is_shared:
         raise ConfigError(
             f"{url_setting} goes through a connection pooler in transaction mode, where LISTEN receives nothing: "
-            "set DATABASE_LISTEN_URL to the server itself, or to a pooler in session mode"
+            f"set {listen_setting} to the server itself, or to a pooler in session mode"
         )
 
 

@@ -24,6 +24,7 @@ WRONG = [
     ("KAFKA_BOOTSTRAP_SERVERS", "", "not host:port"),
     ("AGENT_METADATA_KAFKA_SECURITY_PROTOCOL", "TLS", "'PLAINTEXT', 'SSL', 'SASL_PLAINTEXT' or 'SASL_SSL'"),
     ("AGENT_METADATA_KAFKA_SASL_MECHANISM", "GSSAPI", "'PLAIN', 'SCRAM-SHA-256', 'SCRAM-SHA-512' or 'OAUTHBEARER'"),
+    ("AGENT_METADATA_BRIDGE_POLL_SECONDS", "0", "must be a number from 0.1 to 3600"),
     ("AGENT_METADATA_EVENTS_TOPIC", "two words", "1 to 249 letters, digits, '.', '_' or '-'"),
     ("AGENT_METADATA_BATCHES_TOPIC", "", "1 to 249 letters, digits, '.', '_' or '-'"),
     ("AGENT_METADATA_DEAD_LETTER_TOPIC", "t" * 250, "1 to 249 letters, digits, '.', '_' or '-'"),
@@ -62,7 +63,8 @@ WRONG = [
     ("AGENT_METADATA_SERVE_CORS_ORIGINS", "https://a.example/path", "origins such as https://example.org"),
     ("AGENT_METADATA_LOG_FORMAT", "xml", "'console' or 'json'"),
 ]
-SECRET = {"DATABASE_URL", "DATABASE_LISTEN_URL", "AGENT_METADATA_SERVE_TOKEN"}
+URLS = ("DATABASE_URL", "DATABASE_LISTEN_URL", "AGENT_METADATA_BRIDGE_DATABASE_URL")
+SECRET = {*URLS, "AGENT_METADATA_SERVE_TOKEN"}
 
 
 @pytest.mark.parametrize(("variable", "value", "allowed"), WRONG)
@@ -120,7 +122,7 @@ def test_empty_token_is_none(monkeypatch):
     assert load_settings().serve_token is None
 
 
-@pytest.mark.parametrize("variable", ["DATABASE_URL", "DATABASE_LISTEN_URL"])
+@pytest.mark.parametrize("variable", URLS)
 @pytest.mark.parametrize("parameter", ["sslrootcert", "sslcert", "sslkey"])
 def test_file_that_a_database_url_names_must_be_there(monkeypatch, variable, parameter):
     monkeypatch.setenv(variable, f"postgresql://u:secret@host/db?sslmode=verify-full&{parameter}=/none.pem")

@@ -33,7 +33,7 @@ ROLES = ("events", "batches", "dead-letter")
 PRODUCE = ("produce", "--agents", "3", "--duration", "2")
 # How the commands end if their rights suffice; status and why find problems here, as nothing runs.
 COMMANDS = {
-    "`produce`, your producers": (PRODUCE, 0),
+    "`produce`, `bridge`, your producers": (PRODUCE, 0),
     "`status`": (("status",), 1),
     "`why`": (("why", str(AGENT), "cpu"), 1),
     "`replay`": (("replay", "--from", "1h ago"), 0),

@@ -103,6 +103,23 @@ def test_listening_through_a_pooler_in_transaction_mode_is_refused(pool, databas
     assert "set DATABASE_LISTEN_URL to the server itself" in line
 
 
+def test_bridge_through_a_pooler_in_transaction_mode_is_refused(pool, database_url):
+    done = agent_metadata("bridge", AGENT_METADATA_BRIDGE_DATABASE_URL=pool("transaction"), DATABASE_URL=database_url)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    variable = "AGENT_METADATA_BRIDGE_DATABASE_URL"
+    assert line.startswith(f"agent-metadata: {variable} goes through a connection pooler in transaction mode")
+    assert f"set {variable} to the server itself" in line
+
+
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+def test_bridge_recognises_the_pipelines_own_table_behind_a_pooler(pool, database_url, mode):
+    assert agent_metadata("db", "migrate", DATABASE_URL=database_url).returncode == 0
+    done = agent_metadata("bridge", AGENT_METADATA_BRIDGE_DATABASE_URL=database_url, DATABASE_URL=pool(mode))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "lead to the same table" in done.stderr
+
+
 @pytest.mark.parametrize("listens", ["directly", "through a pooler in session mode"])
 async def test_watch_with_a_listen_url_hears_what_is_notified(pool, database_url, listens):
     assert agent_metadata("db", "migrate", DATABASE_URL=database_url).returncode == 0

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
+from pipeline.bridge.coder_table import EVERYTHING, CoderTable
 from pipeline.core.batch import Batch, Columns, Source, WindowSpan
 from pipeline.core.report import agent_uuid
 from pipeline.errors import PipelineError
@@ -35,7 +36,7 @@ from tests.support.documentation import ROOT, table_rows
 
 pytestmark = pytest.mark.services
 
-ROLES = ("migrate", "sink", "refill", "serve", "status")
+ROLES = ("migrate", "sink", "refill", "serve", "status", "bridge")
 AFTER_MIGRATION = ROLES[1:]
 TABLES = (
     "workspace_agent_metadata",
@@ -211,12 +212,19 @@ async def work_of_status(url: str) -> None:
         await connection.fetch(statement("read_row"), AGENT, "cpu")
 
 
+async def work_of_bridge(url: str) -> None:
+    async with CoderTable.opened(url) as table:
+        await table.horizon()
+        await table.rows(await table.changed_agents(EVERYTHING), EVERYTHING)
+
+
 WORK: dict[str, Callable[[str], Awaitable[None]]] = {
     "migrate": work_of_migrate,
     "sink": work_of_sink,
     "refill": work_of_refill,
     "serve": work_of_serve,
     "status": work_of_status,
+    "bridge": work_of_bridge,
 }
 
 
@@ -279,6 +287,14 @@ FORBIDDEN = {
         "delete from agent_metadata_epoch",
         "create table mine ()",
     ),
+    "bridge": (
+        "select script from workspace_agent_metadata",
+        "update workspace_agent_metadata set value = 'x'",
+        "insert into workspace_agent_metadata (workspace_agent_id, key) values (gen_random_uuid(), 'k')",
+        "delete from workspace_agent_metadata",
+        "select * from agent_metadata_migrations",
+        "create table mine ()",
+    ),
 }
 
 
@@ -322,6 +338,22 @@ async def test_coders_own_table_stays_coders(database):
     async with connected(database.url_of("migrate")) as connection:
         with pytest.raises(PipelineError, match="must be owner"):
             await migrate(connection, unlogged=True)
+
+
+async def test_bridge_reads_coders_own_table_without_the_scripts_in_it(database):
+    await database.admin.execute(CODERS_TABLES)
+    await database.admin.execute("update workspace_agent_metadata set collected_at = now()")
+    await database.grant("bridge")  # there are no other tables of ours
+    async with CoderTable.opened(database.url_of("bridge")) as table:
+        (row,) = await table.rows(await table.changed_agents(EVERYTHING), EVERYTHING)
+    assert (row.key, row.value) == ("cpu", "12%")
+    connection = await asyncpg.connect(database.url_of("bridge"))
+    try:
+        for sql in ("select script from workspace_agent_metadata", "select * from workspace_agents"):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.execute(sql)
+    finally:
+        await connection.close()
 
 
 @pytest.fixture

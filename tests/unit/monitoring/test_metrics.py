@@ -11,6 +11,7 @@ from pipeline.monitoring.lag import Lag
 from pipeline.monitoring.metrics import (
     CODER_PREFIX,
     PREFIX,
+    BridgeMetrics,
     ConsumerMetrics,
     Freshness,
     ListenerMetrics,
@@ -81,10 +82,11 @@ def test_counterparts_of_go_metrics_are_all_collectors_there_are():
 
 def make_all():
     """Make every role's metrics, each labelled metric with a value; return the registries by role."""
-    registries = {role: CollectorRegistry() for role in ("worker", "sink", "listener", "producer", "serve")}
+    registries = {role: CollectorRegistry() for role in ("worker", "sink", "listener", "producer", "serve", "bridge")}
     worker, sink = WorkerMetrics(registries["worker"], "events"), SinkMetrics(registries["sink"], topic="batches")
     listener, _ = ListenerMetrics(registries["listener"]), ProducerMetrics(registries["producer"])
     ServeMetrics(registries["serve"])
+    BridgeMetrics(registries["bridge"]).outage_seconds.labels("kafka").set(0)
     for counter in (worker.windows, worker.dead_letters, sink.batches, sink.dead_letters):
         counter.labels("r").inc()
     sink.flush_seconds.labels("r").observe(1)
