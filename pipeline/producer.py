@@ -15,7 +15,7 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from prometheus_client import CollectorRegistry
 
-from pipeline.core.report import Entry, Report, agent_uuid, apply_limits, encode_report, key_problem
+from pipeline.core.report import Entry, Report, apply_limits, encode_report, identify, key_problem
 from pipeline.errors import DecodeError, PipelineError
 from pipeline.kafka.errors import log_unavailable
 from pipeline.monitoring.consumer_metrics import PREFIX
@@ -197,15 +197,12 @@ def _report(
 
 
 def _agent(agent_id: uuid.UUID | str) -> str:
-    """Return the canonical form of a UUID, as an agent's records need the same key, or a name as it is."""
-    text = str(agent_id)
+    """Return what the report and its record key call the agent, always the same: its name, or the canonical UUID."""
     try:
-        agent_uuid(text)
-        return str(uuid.UUID(text))
+        canonical, name = identify(str(agent_id))
     except DecodeError as error:
         raise ValueError(str(error)) from None
-    except ValueError:
-        return text
+    return name or canonical
 
 
 def _to_utc(moment: datetime) -> datetime:

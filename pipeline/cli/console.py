@@ -17,7 +17,7 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from pipeline.core.printable import printable
-from pipeline.core.report import agent_uuid
+from pipeline.core.report import identify
 from pipeline.errors import ConfigError, DecodeError
 from pipeline.monitoring.logs import configure_logging
 from pipeline.settings import Settings, load_settings
@@ -100,13 +100,18 @@ def print_json(value: Any) -> None:
     print(json.dumps(msgspec.to_builtins(value)), flush=True)
 
 
-def agent_ids(agents: Sequence[str] | None, *, name: str = "--agent") -> frozenset[str]:
-    """Return the UUIDs of agents that are given by UUID or name; `name` is what an error calls the option.
+def identified(agent: str, *, name: str) -> tuple[str, str | None]:
+    """Return the UUID of an agent that is given by UUID or name, and the name if it is one.
 
     Raises:
-        ConfigError: a name is empty, or too long.
+        ConfigError: a name is empty, or too long; it calls the option `name`.
     """
     try:
-        return frozenset(agent_uuid(text) for text in agents or ())
+        return identify(agent)
     except DecodeError as error:
         raise ConfigError(f"{name}: {error}") from None
+
+
+def agent_ids(agents: Sequence[str] | None, *, name: str = "--agent") -> frozenset[str]:
+    """Return the UUIDs of agents, as `identified` does."""
+    return frozenset(identified(agent, name=name)[0] for agent in agents or ())

@@ -14,8 +14,8 @@ from rich.table import Table
 from pipeline.cli.console import (
     CommandGroup,
     JsonOption,
-    agent_ids,
     command_settings,
+    identified,
     print_json,
     run_job,
     shown,
@@ -29,6 +29,7 @@ from pipeline.jobs.trace import trace
 from pipeline.jobs.why import Trace, explain
 from pipeline.postgres.connections import connected
 from pipeline.postgres.migrations import require_schema
+from pipeline.postgres.names import read_name
 from pipeline.settings import Settings
 
 _MOST_CHARACTERS: Final = 60
@@ -154,8 +155,7 @@ def why(
     Exit code 1 unless the row is as new as the newest event.
     """
     settings = command_settings()
-    (agent_id,) = agent_ids([agent_id], name="AGENT")
-    found = run_job(_trace(settings, agent_id, key))
+    found = run_job(_trace(settings, *identified(agent_id, name="AGENT"), key))
     verdict, explanation = explain(found)
     if as_json:
         print_json({"verdict": verdict, "explanation": explanation, **msgspec.structs.asdict(found)})
@@ -165,20 +165,22 @@ def why(
         raise typer.Exit(ExitCode.FAILURE)
 
 
-async def _trace(settings: Settings, agent_id: str, key: str) -> Trace:
+async def _trace(settings: Settings, agent_id: str, name: str | None, key: str) -> Trace:
     async with connected(settings.database_url.get_secret_value()) as connection:
         await require_schema(connection)
+        name = name or await read_name(connection, agent_id)
         columns = (TextColumn("searching: {task.completed:,.0f} records, {task.speed:,.0f}/s"),)
         with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
             task = bar.add_task("", total=None)
             return await trace(
-                settings, connection, agent_id, key, on_searched=lambda records: bar.advance(task, records)
+                settings, connection, agent_id, key, name=name, on_searched=lambda records: bar.advance(task, records)
             )
 
 
 def _show_trace(settings: Settings, found: Trace, verdict: str, explanation: str) -> None:
     event, batch, row = found.event, found.batch, found.row
-    lines = {"event": "none in the topic", "batch": "none", "row": "none"}
+    lines = {"agent": found.name, "id": found.agent_id} if found.name else {"agent": found.agent_id}
+    lines |= {"event": "none in the topic", "batch": "none", "row": "none"}
     if event is not None:
         shown = f"refused: {event.refused}" if event.refused else _entry(event.value, event.error, event.collected_at)
         arrived = f"appended {event.appended_at:%Y-%m-%dT%H:%M:%S.%fZ}"

@@ -220,7 +220,9 @@ def _is_storable(time_us: int) -> bool:
 
 
 def _pick(batch: Batch, indexes: Sequence[int]) -> Batch:
-    return msgspec.structs.replace(batch, **batch.columns.pick(indexes)._asdict())
+    columns = batch.columns.pick(indexes)
+    names = {agent_id: batch.names[agent_id] for agent_id in batch.names.keys() & columns.agent_ids}
+    return msgspec.structs.replace(batch, **columns._asdict(), names=names)
 
 
 def split(

@@ -121,11 +121,15 @@ def agent_uuid(text: str) -> str:
     Raises:
         DecodeError: the text is empty, or longer than 255 characters.
     """
-    return _identify(text)[0]
+    return identify(text)[0]
 
 
-def _identify(text: str) -> tuple[str, str | None]:
-    """Return an agent's id, and its name if it is called by one."""
+def identify(text: str) -> tuple[str, str | None]:
+    """Return an agent's id, and its name if it is called by one.
+
+    Raises:
+        DecodeError: as agent_uuid.
+    """
     try:
         return str(uuid.UUID(text)), None
     except ValueError:
@@ -155,7 +159,7 @@ class AgentIds:
         Raises:
             DecodeError: it can't be an agent's id or name.
         """
-        agent_id, name = _identify(text)
+        agent_id, name = identify(text)
         if name is not None and self._uuids_only:
             raise DecodeError(f"agent_id is not a UUID: {name[:64]!r}")
         if len(self.known) >= MAX_KNOWN_AGENTS:

@@ -56,7 +56,7 @@ async def trace(
     config = settings.client_config()
     topics = await require_topics(config, settings.declared_topics())
     events, batches = topics["events"], topics["batches"]
-    result = Trace(agent_id, key, is_ignoring_undeclared=settings.undeclared == "ignore")
+    result = Trace(agent_id, key, name, is_ignoring_undeclared=settings.undeclared == "ignore")
     search = _Search(agent_id, key, settings, name)
     with KafkaAdmin(config) as admin:
         offsets = await admin.offsets(events.name, range(events.partitions), ANSWER_SECONDS)

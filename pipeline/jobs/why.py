@@ -62,11 +62,12 @@ class Trace(msgspec.Struct):
 
     `committed` and `applied` are the next offsets of worker and sink in the event's partition. `dead_letter` is the
     reason given in a dead letter of this event. `uncommitted` records of the events topic were not searched, as they
-    are in or behind an open transaction.
+    are in or behind an open transaction. `name` is what the agent calls itself, if that is no UUID.
     """
 
     agent_id: str
     key: str
+    name: str | None = None
     event: Event | None = None
     batch: Carrier | None = None
     row: TableRow | None = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from pipeline.core.report import agent_uuid
 from pipeline.errors import DecodeError
 from pipeline.postgres.connections import Connection
+from pipeline.postgres.errors import translated_errors
 from pipeline.postgres.statements import statement
 
 # Agents to remember; at about 150 bytes each, 15 MB. Beyond these some names are written again, which changes nothing.
@@ -44,15 +46,24 @@ class WrittenNames:
         self._agent_ids.update(agent_ids)
 
 
-async def write_names(connection: Connection, names: Mapping[str, str]) -> None:
-    """Keep the names of agents that have rows by now, in the transaction that writes these."""
-    if names:
-        await connection.execute(statement("insert_names"), list(names), list(names.values()))
+async def read_name(connection: Connection, agent_id: str) -> str | None:
+    """Return what an agent calls itself, if that is known and no UUID."""
+    async with translated_errors("reading names"):
+        name: str | None = await connection.fetchval(statement("read_name"), uuid.UUID(agent_id))
+    return name
+
+
+async def write_names(connection: Connection, names: Mapping[str, str]) -> list[str]:
+    """Keep the names of agents that have rows by now, in the transaction that writes these; return their ids."""
+    if not names:
+        return []
+    rows = await connection.fetch(statement("insert_names"), list(names), list(names.values()))
+    return [row["agent_id"] for row in rows]
 
 
 def _is_name(agent_id: str, text: str) -> bool:
-    """Tell whether a text is an agent's name: of another program's batch, Postgres might refuse it, or it might lie."""
+    """Tell whether a text is an agent's name: another program's batch may lie."""
     try:
-        return agent_uuid(text) == agent_id and "\0" not in text
+        return agent_uuid(text) == agent_id
     except DecodeError:
         return False

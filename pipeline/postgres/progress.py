@@ -6,10 +6,10 @@ next batch, for each partition of the events topic the next source offset that n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-from pipeline.core.batch import Batch
+from pipeline.core.batch import Batch, Row
 from pipeline.errors import ProgressGap
 from pipeline.postgres.connections import Connection
 from pipeline.postgres.statements import statement
@@ -40,6 +40,12 @@ class Plan(NamedTuple):
     skipped: int
     lost: int
     moves: Progress
+
+
+def called(row: Row, received: Iterable[Received]) -> str:
+    """Return what a row's agent is called in the batches that the row is from: its name, or its id."""
+    names = (record.batch.names for record in received if record.batch is not None)
+    return next((some[row.agent_id] for some in names if row.agent_id in some), row.agent_id)
 
 
 async def lock_progress(connection: Connection, target: PartitionId, received: Sequence[Received]) -> Progress:

@@ -170,15 +170,15 @@ class Store:
                 plan = choose_batches(target, received, await lock_progress(connection, target, received), earliest)
                 rows = merge(plan.batches)
                 written = await self._write_in_parts(connection, rows, reject)
-                names = self._written_names.missing(batch.names for batch in plan.batches)
-                await write_names(connection, names)
+                missing = self._written_names.missing(batch.names for batch in plan.batches)
+                named = await write_names(connection, missing)
                 payloads = self._payloads(written)
                 await _notify(connection, payloads)
                 await save_progress(connection, plan.moves)
                 await asyncio.gather(*written.dead_letters)
         except ServiceUnavailable as error:
             raise FlushFailed(str(error), payloads=len(payloads)) from error
-        self._written_names.note(names)
+        self._written_names.note(named)
         return Applied(plan.batches, plan.skipped, plan.lost, len(rows.keys), written, len(payloads))
 
     async def replay(self, rows: Columns, names: Mapping[str, str], reject: Reject) -> Written:
@@ -197,11 +197,10 @@ class Store:
             await _begin_write(connection)
             await _check_constraints_at_once(connection)
             written = await _write_bisecting(connection, rows, reject, self._write_older)
-            missing = self._written_names.missing([names])
-            await write_names(connection, missing)
+            named = await write_names(connection, self._written_names.missing([names]))
             await _notify(connection, self._payloads(written))
             await asyncio.gather(*written.dead_letters)
-        self._written_names.note(missing)
+        self._written_names.note(named)
         return written
 
     async def count_replay(self, rows: Columns) -> Written:

@@ -27,7 +27,7 @@ from pipeline.kafka.dead_letters import DeadLetterWriter
 from pipeline.kafka.records import as_record
 from pipeline.monitoring.lag import Position
 from pipeline.monitoring.metrics import SinkMetrics
-from pipeline.postgres.progress import Received
+from pipeline.postgres.progress import Received, called
 from pipeline.postgres.store import Applied
 from pipeline.sink.batches_topic import BatchesTopic
 from pipeline.sink.consumer import BatchConsumer, buffered_bytes
@@ -93,9 +93,8 @@ class Sink:
         positions = dict(self._consumer.positions())
         for partition, waiting in self._waiting.items():
             if waiting and partition in positions:
-                first = waiting[0]
-                appended_at = max(0, first.timestamp()[1]) / 1000
-                positions[partition] = Position(first.offset(), positions[partition].reached, appended_at)
+                appended_at = max(0, waiting[0].timestamp()[1]) / 1000
+                positions[partition] = Position(waiting[0].offset(), positions[partition].reached, appended_at)
         return positions
 
     def take(self, partition: int, messages: Sequence[Message]) -> None:
@@ -193,7 +192,7 @@ class Sink:
             before_sleep=self._hold,
             reraise=True,
         )
-        reject = partial(self._reject, partition)
+        reject = partial(self._reject, partition, received)
         earliest = 0
         while True:
             try:
@@ -243,16 +242,17 @@ class Sink:
         self._metrics.held_partitions.set(len(self._newer))
         _log.warning("partition_held_back", partition=partition, offset=first.offset(), error=str(newer))
 
-    async def _reject(self, partition: int, row: Row, error: RowRejected) -> Awaitable[None]:
+    async def _reject(self, partition: int, given: Sequence[Received], row: Row, error: RowRejected) -> Awaitable[None]:
         _log.warning("row_rejected", agent_id=row.agent_id, key=row.key, error=str(error), sqlstate=error.sqlstate)
-        return await self._dead_letters.write_row(partition, row, error)
+        return await self._dead_letters.write_row(partition, row._replace(agent_id=called(row, given)), error)
 
     async def _reject_unstorable(self, partition: int, message: Message, batch: Batch) -> Awaitable[None]:
         """Dead-letter a row as a batch of its own: a report can't carry its time, and it must not get another."""
         (agent_id,), (key,), reason = batch.agent_ids, batch.keys, unstorable_reason(*batch.collected_at_us)
         _log.warning("row_rejected", agent_id=agent_id, key=key, error=reason)
         self._metrics.dead_letters.labels("row_rejected").inc()
-        record = as_record(message)._replace(key=agent_id.encode(), value=encode_batch(batch))
+        agent = batch.names.get(agent_id, agent_id)
+        record = as_record(message)._replace(key=agent.encode(), value=encode_batch(batch))
         return await self._dead_letters.write_record(partition, record, reason)
 
     def _hold(self, state: tenacity.RetryCallState) -> None:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from pipeline.core.dead_letter import REDRIVES_HEADER, dead_letter_headers
+from pipeline.core.report import agent_uuid
 from pipeline.kafka.publisher import Publisher
 from tests.support.deployment import consume_all, eventually
 
@@ -75,6 +76,25 @@ async def test_refused_row_is_redriven_with_its_own_time_once_its_cause_is_gone(
     await pipeline.wait_for({PAIR: ("poison", "", at)})
     sent = consume_all(pipeline.settings, pipeline.settings.events_topic)
     assert [dict(message.headers() or ()).get(REDRIVES_HEADER) for message in sent] == [None, b"1"]
+
+
+async def test_refused_row_of_an_agent_with_a_name_is_found_by_it_and_keeps_it(deploy):
+    pipeline = await deploy()
+    await forbid(pipeline, "value <> 'poison'")
+    await pipeline.started("worker")
+    await pipeline.started("sink")
+    at = datetime.now(UTC)
+    with pipeline.producer() as producer:
+        assert producer.add("host 17", ["status"], ["poison"], [""], at)
+    (letter,) = await eventually("it is a dead letter", lambda: letters(pipeline, 1))
+    assert letter.key() == b"host 17"
+    assert "  host 17  " in (await dead_letter(pipeline, "list")).stdout
+    await allow(pipeline)
+    assert await redrive(pipeline, "--agent", "host 18") == {}
+    assert await redrive(pipeline, "--agent", agent_uuid("host 17").upper()) == {"matched": 1, "redriven": 1}
+    await pipeline.wait_for({(agent_uuid("host 17"), "status"): ("poison", "", at)})
+    async with pipeline.connection() as connection:
+        assert await connection.fetchval("select name from agent_metadata_names") == "host 17"
 
 
 async def test_redriving_does_not_bring_an_old_value_back_as_new(deploy):

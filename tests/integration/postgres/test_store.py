@@ -453,13 +453,18 @@ async def test_two_sinks_write_the_same_names_at_once_in_either_order(database_u
     assert await names(connection) == named(*some)
 
 
-async def test_agents_without_rows_get_no_name(database_url, connection):
+async def test_agent_gets_its_name_with_its_first_row(database_url, connection):
     async with opened(database_url, undeclared="ignore") as ignoring:
         await apply(ignoring, (0, batch(of(HOST), names=[HOST])))
         assert await names(connection) == {}
+        await connection.execute(
+            "insert into workspace_agent_metadata (workspace_agent_id, key) values ($1, 'k')", agent_uuid(HOST)
+        )  # its key is declared
+        await apply(ignoring, (1, batch(of(HOST, at=1), first=1, names=[HOST])))
+        assert await names(connection) == named(HOST)
 
 
-@pytest.mark.parametrize("lie", [{A1: HOST}, {agent_uuid(HOST): "x\0y"}, {"no id": HOST}, {A1: ""}, {A1: "x" * 256}])
+@pytest.mark.parametrize("lie", [{A1: HOST}, {"no id": HOST}, {A1: ""}, {A1: "x" * 256}])
 async def test_what_is_no_name_of_its_agent_is_ignored_and_its_rows_are_written(store, connection, lie):
     lying = msgspec.structs.replace(batch(row()), names=lie)
     applied = await apply(store, (0, lying))
