@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from pipeline.core.replication import Replication
 from pipeline.environment import nearest, refuse_misnamed, service_links
 from pipeline.errors import ConfigError
+from pipeline.formats.registry_settings import RegistrySettings
 from pipeline.kafka.security import PREFIX as PREFIX  # it is the prefix of all settings: exported from here too
 from pipeline.kafka.security import KafkaSecurity
 from pipeline.kafka.topics import TopicSpec, load_topic_specs
@@ -37,7 +38,7 @@ _IN_WORDS: Final = {
 _log = logging.getLogger(__name__)
 
 
-class Settings(PostgresUrls, KafkaSecurity):
+class Settings(PostgresUrls, KafkaSecurity, RegistrySettings):
     """What an operator may set; a field's environment variable is AGENT_METADATA_ and its name in capitals.
 
     KAFKA_BOOTSTRAP_SERVERS, DATABASE_URL and DATABASE_LISTEN_URL are shared with other programs and carry no prefix.
@@ -246,7 +247,7 @@ def _complaint(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return f"{name} is not a setting{nearest(name, Settings.model_fields)}"
     variable = _variable(name) if name in Settings.model_fields else name
-    shown = "" if re.search("url|password|secret|serve_token", name.lower()) else f"={item['input']!r}"
+    shown = "" if re.search("url|password|secret|token", name.lower()) else f"={item['input']!r}"
     if item["type"] != "value_error":
         problem = _allowed(name) or problem
     return f"{variable}{shown}: {problem[0].lower()}{problem[1:]}"
