@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _PREFIX: Final = "AGENT_METADATA_SCHEMA_REGISTRY_"
 URL: Final = f"{_PREFIX}URL"
@@ -21,6 +21,9 @@ class RegistrySettings(BaseSettings):
 
     Combinations that can't work, and files that can't be used, are refused when an instance is made.
     """
+
+    # As kafka/security.py has it: pydantic takes the configuration of one base class.
+    model_config = SettingsConfigDict(env_prefix="AGENT_METADATA_", frozen=True, populate_by_name=True, extra="forbid")
 
     schema_registry_url: str | None = Field(
         default=None,
@@ -51,11 +54,11 @@ class RegistrySettings(BaseSettings):
             return self
         for url in self.schema_registry_url.split(","):
             _refuse_wrong_url(url.strip())
-        self._check_login()
-        self._check_files()
+        self._check_registry_login()
+        self._check_registry_files()
         return self
 
-    def _check_login(self) -> None:
+    def _check_registry_login(self) -> None:
         user, password = self.schema_registry_username, self.schema_registry_password
         if bool(user) != bool(password):
             given, missing = ("USERNAME", "PASSWORD") if user else ("PASSWORD", "USERNAME")
@@ -69,7 +72,7 @@ class RegistrySettings(BaseSettings):
         if token and not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
             raise ValueError(f"{_PREFIX}TOKEN may contain only letters, digits and ._~+/-, with = at the end")
 
-    def _check_files(self) -> None:
+    def _check_registry_files(self) -> None:
         certificate, key = self.schema_registry_ssl_certfile, self.schema_registry_ssl_keyfile
         if bool(certificate) != bool(key):
             given, missing = ("SSL_CERTFILE", "SSL_KEYFILE") if certificate else ("SSL_KEYFILE", "SSL_CERTFILE")
