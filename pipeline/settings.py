@@ -17,6 +17,7 @@ from pipeline.core.replication import Replication
 from pipeline.environment import nearest, refuse_misnamed, service_links
 from pipeline.errors import ConfigError
 from pipeline.formats.registry_settings import RegistrySettings
+from pipeline.formats.settings import FormatSettings, table_complaint
 from pipeline.kafka.security import PREFIX as PREFIX  # it is the prefix of all settings: exported from here too
 from pipeline.kafka.security import KafkaSecurity
 from pipeline.kafka.topics import TopicSpec, load_topic_specs
@@ -38,7 +39,7 @@ _IN_WORDS: Final = {
 _log = logging.getLogger(__name__)
 
 
-class Settings(PostgresUrls, KafkaSecurity, RegistrySettings):
+class Settings(PostgresUrls, KafkaSecurity, RegistrySettings, FormatSettings):
     """What an operator may set; a field's environment variable is AGENT_METADATA_ and its name in capitals.
 
     KAFKA_BOOTSTRAP_SERVERS, DATABASE_URL and DATABASE_LISTEN_URL are shared with other programs and carry no prefix.
@@ -227,12 +228,9 @@ def describe_settings(settings: Settings) -> list[tuple[str, str, str]]:
 
 def _config_file() -> Path | None:
     name = os.environ.get(CONFIG_FILE_VARIABLE)
-    if not name:
-        return None
-    file = Path(name)
-    if not file.is_file():
+    if name and not Path(name).is_file():
         raise ConfigError(f"{CONFIG_FILE_VARIABLE}={name}: there is no such file")
-    return file
+    return Path(name) if name else None
 
 
 def _variable(name: str) -> str:
@@ -243,6 +241,8 @@ def _complaint(item: Any) -> str:
     problem = item["msg"].removeprefix("Value error, ")
     if not item["loc"]:  # about several settings
         return str(problem)
+    if complaint := table_complaint(item):
+        return complaint
     name = str(item["loc"][0])
     if item["type"] == "extra_forbidden":
         return f"{name} is not a setting{nearest(name, Settings.model_fields)}"

@@ -10,8 +10,7 @@ from pydantic import ValidationError
 from pipeline.core.record import KafkaRecord
 from pipeline.core.report import PARSE_ERRORS
 from pipeline.errors import DecodeError
-from pipeline.formats.mapping import compile_mapping
-from pipeline.formats.mapping_config import MappingConfig
+from pipeline.formats.mapping import MappingConfig, compile_mapping
 
 T0 = datetime(2026, 1, 2, 3, 4, 5, 678000, UTC)
 T0_MS = 1_767_323_045_678

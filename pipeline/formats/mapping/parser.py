@@ -16,9 +16,9 @@ from msgspec import NODEFAULT, UNSET
 from pipeline.core.report import Entry, Report, Timestamp
 from pipeline.core.values import MAX_VALUE_BYTES, as_text, utf8_length
 from pipeline.errors import DecodeError
-from pipeline.formats.mapping_config import MappingConfig
-from pipeline.formats.mapping_structs import NoFastWay, Slot, getter, inside_getter, make_struct, steps_of
-from pipeline.formats.times import time_reader
+from pipeline.formats.mapping.config import MappingConfig
+from pipeline.formats.mapping.structs import NoFastWay, Slot, getter, inside_getter, make_struct, steps_of
+from pipeline.formats.mapping.times import time_reader
 
 _Parse = Callable[[bytes], Report]
 # What a report and an entry have, with what stands there until it is set.

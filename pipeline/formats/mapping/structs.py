@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from msgspec import NODEFAULT
 
-from pipeline.formats.paths import Missing, Path
+from pipeline.formats.mapping.paths import Missing, Path
 
 Get = Callable[[Any], Any]
 # Begins the names in JSON of fields that nothing is decoded into; a record that has such a name achieves nothing.

@@ -96,7 +96,7 @@ def parse_path(text: str) -> Path:
             break
         end += 1
     raise ValueError(
-        "is not a path: write names and a list's indexes with dots between them, such as data.0.name; a name that has "
-        """other signs than letters, digits, - and _ in quotes, such as data."host.name"; . for the whole value; or """
+        "is not a path: write names with dots between them, such as data.name; a list's index as data.0.name; a name "
+        """with other signs than letters, digits, - and _ in quotes, data."host.name"; . for the whole value; or """
         "header:NAME, record:key, record:timestamp"
     )

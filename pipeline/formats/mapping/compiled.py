@@ -10,10 +10,10 @@ from pipeline.core.record import Record
 from pipeline.core.report import PARSE_ERRORS, Entry, Report
 from pipeline.core.values import as_text
 from pipeline.errors import DecodeError
-from pipeline.formats.mapping_config import MappingConfig
-from pipeline.formats.mapping_parser import compile_parser
-from pipeline.formats.paths import Missing, Path
-from pipeline.formats.times import time_reader
+from pipeline.formats.mapping.config import MappingConfig
+from pipeline.formats.mapping.parser import compile_parser
+from pipeline.formats.mapping.paths import Missing, Path
+from pipeline.formats.mapping.times import time_reader
 
 _Containers: Final = dict | list | tuple
 

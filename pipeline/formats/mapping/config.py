@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from pipeline.formats.paths import Path, parse_path
-from pipeline.formats.times import TimeFormat
+from pipeline.formats.mapping.paths import Path, parse_path
+from pipeline.formats.mapping.times import TimeFormat
 
 _SOURCES: Final = {"header": "a header", "key": "the record key", "timestamp": "the record's timestamp"}
 
@@ -17,10 +17,13 @@ def _is_path(text: str) -> str:
     return text
 
 
-def _is_one_or_more(paths: str | list[str]) -> str | list[str]:
-    if paths == []:
-        raise ValueError("must be a path, or a list of one or more")
-    for path in [paths] if isinstance(paths, str) else paths:
+def _are_paths(paths: object) -> object:
+    found = paths if isinstance(paths, list) else [paths]
+    if not found:
+        raise ValueError("must be a path, or a list of paths")
+    for path in found:
+        if not isinstance(path, str):
+            raise ValueError("must be a path, or a list of paths")
         parse_path(path)
     return paths
 
@@ -39,7 +42,7 @@ class MappingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: Annotated[str | list[str], AfterValidator(_is_one_or_more)]
+    id: Annotated[str | list[str], BeforeValidator(_are_paths)]
     id_separator: str = "/"
     time: PathText | None = None
     time_format: TimeFormat = "rfc3339"
