@@ -16,7 +16,6 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from pipeline.core.replication import Replication
 from pipeline.environment import nearest, refuse_misnamed, service_links
 from pipeline.errors import ConfigError
-from pipeline.formats.registry_settings import RegistrySettings
 from pipeline.formats.settings import FormatSettings, table_complaint
 from pipeline.kafka.security import PREFIX as PREFIX  # it is the prefix of all settings: exported from here too
 from pipeline.kafka.security import KafkaSecurity
@@ -39,7 +38,7 @@ _IN_WORDS: Final = {
 _log = logging.getLogger(__name__)
 
 
-class Settings(PostgresUrls, KafkaSecurity, RegistrySettings, FormatSettings):
+class Settings(PostgresUrls, KafkaSecurity, FormatSettings):
     """What an operator may set; a field's environment variable is AGENT_METADATA_ and its name in capitals.
 
     KAFKA_BOOTSTRAP_SERVERS, DATABASE_URL and DATABASE_LISTEN_URL are shared with other programs and carry no prefix.

@@ -82,7 +82,24 @@ _encode: Final = msgspec.json.Encoder().encode
 
 def parse_any_report(raw: bytes | str) -> AnyReport:
     """Parse a report whose values may be numbers, booleans, null, objects or lists, as text; else like parse_report."""
-    report = _parse_any(raw)
+    return _as_texts(_parse_any(raw))
+
+
+def convert_report(value: object) -> Report:
+    """Make a report of an object that another format's reader has made of one, with the same fields.
+
+    Raises:
+        DecodeError: it is no report; the message is the reason for the dead letter.
+    """
+    if isinstance(value, dict) and isinstance(value.get("agent_id"), uuid.UUID):
+        value = {**value, "agent_id": str(value["agent_id"])}
+    try:
+        return _as_texts(msgspec.convert(value, AnyReport))
+    except PARSE_ERRORS as error:
+        raise DecodeError(f"not a report: {error}") from error
+
+
+def _as_texts(report: AnyReport) -> AnyReport:
     if report.agent_id.__class__ is not str:
         report.agent_id = str(report.agent_id)
     try:

@@ -6,10 +6,12 @@ import json
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
+from pipeline.errors import ConfigError
 from pipeline.formats.mapping.config import MappingConfig
 from pipeline.formats.otlp.config import OtlpConfig
+from pipeline.formats.registry_settings import RegistrySettings
 
 _PREFIX: Final = "AGENT_METADATA_"
 _NO_TABLE: Final = "must be a table of the TOML file, or in the environment an object in JSON"
@@ -18,8 +20,11 @@ _TABLES: Final[dict[str, type[BaseModel]]] = {"mapping": MappingConfig, "otlp": 
 EventsFormat = Literal["json", "otlp_json", "otlp_proto"]
 
 
-class FormatSettings(BaseSettings):
-    """The format of the events topic, and what reports are made of where it is not our own."""
+class FormatSettings(RegistrySettings):
+    """What the events topic holds: its format, where its schemas are, and what reports are made of.
+
+    Tables that can't be right are refused when an instance is made.
+    """
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, populate_by_name=True, extra="forbid")
 
@@ -44,6 +49,16 @@ class FormatSettings(BaseSettings):
             return json.loads(value) if value else None
         except ValueError:
             raise ValueError(_NO_TABLE) from None
+
+    def require_own_reports(self, what: str) -> None:
+        """Refuse to write our own reports to a topic whose records are read as something else.
+
+        Raises:
+            ConfigError: they are; `what` is the subject of the message.
+        """
+        if self.mapping is not None or self.events_format != "json":
+            setting = "MAPPING" if self.mapping is not None else f"EVENTS_FORMAT={self.events_format}"
+            raise ConfigError(f"{what}, and with {_PREFIX}{setting} the events topic is not read as such")
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Self:

@@ -124,9 +124,14 @@ async def redrive(
     is called then. The dead-letter topic is only read. A dry run counts exactly what a real run would do.
 
     Raises:
+        ConfigError: the events topic does not hold our own reports: mend the settings and replay its records instead.
         TopicMismatch, ServiceUnavailable: Kafka can't be read.
         PipelineError: Kafka did not acknowledge all reports; run it again.
     """
+    settings.require_own_reports(
+        "a redrive produces our own reports; mend the settings and `replay` the time range instead, which reads the "
+        "records where they are"
+    )
     # The topic is read twice, to save memory. A row that Postgres refuses comes back without its headers, so the
     # number of equal reports tells how often it was tried; of equal ones only the last is sent.
     decoder = decoders(settings)()
