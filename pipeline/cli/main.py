@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cli import bridge, dead_letter, prepare, produce, replay, status, watch
+from pipeline.cli import bridge, dead_letter, mapping, prepare, produce, replay, status, watch
 from pipeline.cli.console import (
     CommandGroup,
     JsonOption,
@@ -103,6 +103,7 @@ def serve() -> None:
 
 app.add_typer(watch.app)
 app.add_typer(produce.app)
+app.add_typer(mapping.app)
 app.add_typer(bridge.app)
 
 

@@ -79,6 +79,11 @@ class OtlpReader:
         return attribute not in self._exclude if self._include is None else attribute in self._include
 
 
+def otlp_reader(encoding: OtlpEncoding, config: OtlpConfig | None = None) -> Callable[[bytes | None], Decoded]:
+    """Return what decodes a Collector's records as the table [otlp] says; see OtlpReader."""
+    return OtlpReader(encoding, config).decode
+
+
 def _reports(agent_id: str, entries: Iterable[Entry]) -> Iterator[Report]:
     """Divide entries among reports, each with no more keys than one may have."""
     report, total = Report(agent_id, []), 0

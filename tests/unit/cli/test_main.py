@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 COMMANDS = [
-    *[[name] for name in ("worker", "sink", "run", "serve", "watch", "produce", "demo", "config")],
+    *[[name] for name in ("worker", "sink", "run", "serve", "watch", "produce", "map", "demo", "config")],
     *[[name] for name in ("replay", "refill", "status", "why")],
     *[["shadow"], ["shadow", "diff"], *[["dead-letter", name] for name in ("list", "show", "redrive")]],
     *[["topics"], ["topics", "create"], ["topics", "diff"], ["db"], ["db", "migrate"], ["db", "status"]],
