@@ -53,7 +53,7 @@ def produce(role: str, records: Sequence[tuple[bytes, bytes]], partition: int = 
 
 def bad_reports(count: int) -> list[tuple[bytes, bytes]]:
     """Records that are not reports, of several kinds."""
-    kinds = (b"{", b"\xff\xfe", b'{"agent_id":"agent-7","entries":[{"key":"k"}]}', b"[]")
+    kinds = (b"{", b"\xff\xfe", b'{"agent_id":"","entries":[{"key":"k"}]}', b"[]")
     return [(b"bad %d" % number, kinds[number % len(kinds)]) for number in range(count)]
 
 

@@ -94,9 +94,9 @@ async def test_dead_letters_of_worker_and_sink_are_found_with_their_reasons(depl
 
 
 async def test_wrong_agent_id_is_refused(deploy):
-    code, out, err = await why(await deploy(), "agent-7", "cpu")
+    code, out, err = await why(await deploy(), "", "cpu")
     assert (code, out) == (2, "")
-    assert err == "agent-metadata: AGENT: agent_id is not a UUID: 'agent-7'\n"
+    assert err == "agent-metadata: AGENT: agent_id has 0 characters; it must have 1 to 255: ''\n"
 
 
 async def test_missing_topics_are_said_in_one_line(deploy):
