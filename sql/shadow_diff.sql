@@ -1,6 +1,7 @@
 -- Purpose: compare the table of the search path (the shadow) with that in another schema (the live one), pair by pair.
--- live_schema is replaced by the other schema's quoted name. $1 double precision: pairs that changed on either side in
---    this many seconds are not compared, as the change may be on its way. $2 integer: names at most this many pairs.
+-- live_schema is replaced by the other schema's quoted name. $1 double precision: pairs that differ, and changed on
+--    either side in this many seconds, are counted apart, as the change may be on its way. $2 integer: names at most this
+--    many pairs.
 -- A pair that was declared and never reported has no value, and is not a difference.
 -- Locks: none. Reads both tables.
 with compared as (
@@ -21,10 +22,10 @@ classified as (
     select
         *,
         case
+            when (shadow_value, shadow_error) = (live_value, live_error) then 'same'
             when greatest(shadow_at, live_at) > now() - make_interval(secs => $1) then 'unsettled'
             when live_at is null then 'only_shadow'
             when shadow_at is null then 'only_live'
-            when (shadow_value, shadow_error) = (live_value, live_error) then 'same'
             else 'different'
         end as kind
     from compared

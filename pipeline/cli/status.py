@@ -205,8 +205,11 @@ def _entry(value: str, error: str, collected_at: datetime | None) -> str:
 def shadow_diff_command(
     live: Annotated[str, typer.Option(metavar="SCHEMA", help="Schema of the table that coder writes.")] = "public",
     settle: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="Leave out pairs that changed less than this long ago.")
-    ] = 15.0,
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0, help="Count pairs that changed less than this long ago apart, if they differ."
+        ),
+    ] = 30.0,
     as_json: JsonOption = False,
 ) -> None:
     """Compare the table in DATABASE_URL's search_path with the live one. Exit code 1 if values differ or are missing.
@@ -228,7 +231,7 @@ def shadow_diff_command(
             ("different", found.different),
             ("only in the live table", found.only_live),
             ("only in the shadow", found.only_shadow),
-            (f"changed in the last {settle:g} s, left out", found.unsettled),
+            (f"different, changed in the last {settle:g} s", found.unsettled),
         ):
             print(f"{label:40} {count:>12,}")
         for pair in found.pairs:

@@ -19,8 +19,8 @@ _COMPARE_SECONDS: Final = 60.0
 class ShadowDiff(msgspec.Struct):
     """How many pairs of both tables agree in value and error; `pairs` lists the first 20 that don't.
 
-    `only_shadow` pairs are not a difference, as coder's batcher updates declared pairs only. `unsettled` pairs changed
-    too recently to compare.
+    `only_shadow` pairs are not a difference, as coder's batcher updates declared pairs only. `unsettled` pairs differ,
+    and changed too recently to say whether that will last.
     """
 
     same: int

@@ -13,7 +13,7 @@ from pipeline.postgres.migrations import migrate
 
 pytestmark = pytest.mark.services
 
-AGENTS = [uuid.UUID(int=number) for number in range(1, 6)]
+AGENTS = [uuid.UUID(int=number) for number in range(1, 7)]
 OLD = datetime.now(UTC) - timedelta(hours=1)
 
 
@@ -66,10 +66,12 @@ async def test_diff_counts_what_agrees_and_names_what_does_not(live, shadow, dat
     await write(live, AGENTS[2], "missing")
     await write(shadow, AGENTS[3], "undeclared")
     await write(live, AGENTS[4], "just now", datetime.now(UTC))
+    await write(live, AGENTS[5], "the same already", datetime.now(UTC))
+    await write(shadow, AGENTS[5], "the same already", datetime.now(UTC))
     done = diff(in_shadow(database_url), "--json", "--settle", "600")
     found = json.loads(done.stdout)
     counts = {name: found[name] for name in ("same", "different", "only_live", "only_shadow", "unsettled")}
-    assert counts == {"same": 1, "different": 1, "only_live": 1, "only_shadow": 1, "unsettled": 1}
+    assert counts == {"same": 2, "different": 1, "only_live": 1, "only_shadow": 1, "unsettled": 1}
     assert (done.returncode, done.stderr) == (1, "")
     assert [pair["agent_id"] for pair in found["pairs"]] == [str(AGENTS[1]), str(AGENTS[2])]
     shown = diff(in_shadow(database_url), "--settle", "600").stdout
