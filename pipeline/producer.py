@@ -15,8 +15,9 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from prometheus_client import CollectorRegistry
 
-from pipeline.core.report import Entry, Report, apply_limits, encode_report, identify, key_problem
+from pipeline.core.report import Entry, Report, apply_limits, identify, key_problem
 from pipeline.errors import DecodeError, PipelineError
+from pipeline.formats.encoder import ReportFormat, report_encoder
 from pipeline.kafka.errors import log_unavailable
 from pipeline.monitoring.consumer_metrics import PREFIX
 from pipeline.monitoring.metrics import ProducerMetrics
@@ -50,8 +51,10 @@ class MetadataProducer:
         metrics_prefix: str = PREFIX,
         logger: Any = None,
         max_queued_reports: int = 100_000,
+        format: ReportFormat = "json",  # noqa: A002  # the best name there is
+        schema_registry: Mapping[str, Any] | None = None,
     ) -> None:
-        """Make a producer; it connects by itself, and reconnects after an outage.
+        """Make a producer; it connects to Kafka by itself, and reconnects after an outage.
 
         Args:
             client_config: librdkafka's configuration, as confluent_kafka.Producer takes it: `bootstrap.servers`, and
@@ -61,7 +64,17 @@ class MetadataProducer:
             metrics_prefix: prefix of the metric `dropped_keys`; metrics.CODER_PREFIX gives it coder's own name.
             logger: a structlog logger; by default this module's.
             max_queued_reports: how many reports may wait in memory, beyond which `add` drops new ones.
+            format: json needs no registry; json_schema, avro and protobuf are in Confluent's wire format. Their schema
+                is registered now, under the subject `<topic>-value`, and the registry is not needed afterwards.
+            schema_registry: confluent-kafka's configuration of a registry's client: `url`, `basic.auth.user.info`,
+                `bearer.auth.token`, `ssl.*`; with `auto.register.schemas` False the schema must be registered already.
+
+        Raises:
+            ConfigError: `format` can't be written: it lacks a registry, the registry refuses us or our schema, or the
+                extra [formats] is not installed.
+            ServiceUnavailable: the registry does not answer within 10 s.
         """
+        self._encode = report_encoder(format, topic=topic, schema_registry=schema_registry)
         self._topic = topic
         self._metrics = ProducerMetrics(registry or CollectorRegistry(), metrics_prefix)
         self._log = logger or _log
@@ -138,7 +151,7 @@ class MetadataProducer:
             self._log.warning("reports_not_acknowledged", count=left, advice="is Kafka up?")
 
     def _produce(self, report: Report) -> bool:
-        value = encode_report(report)
+        value = self._encode(report)
         try:
             self._producer.poll(0)
             self._producer.produce(self._topic, value, report.agent_id.encode(), on_delivery=self._delivered)

@@ -23,6 +23,7 @@ from pipeline.cli.console import (
 )
 from pipeline.core.printable import printable
 from pipeline.errors import ConfigError, ExitCode, PipelineError
+from pipeline.formats.encoder import ReportFormat
 from pipeline.local.demo import DemoOptions, run_demo
 from pipeline.local.services import ServicesKind
 from pipeline.monitoring.logs import configure_logging
@@ -126,6 +127,10 @@ def demo(
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve the live page meanwhile, at AGENT_METADATA_SERVE_PORT.")
     ] = False,
+    report_format: Annotated[
+        ReportFormat,
+        typer.Option("--format", help="How the agents write their reports; all but json need a schema registry."),
+    ] = "json",
     services: Annotated[
         ServicesKind | None,
         typer.Option(
@@ -143,7 +148,9 @@ def demo(
     """
     configure_logging("console")
     seconds = duration or (600.0 if serve else 30.0)
-    summary = run_demo(DemoOptions(agents, keys, interval, window, seconds, services, serve), console=stderr)
+    summary = run_demo(
+        DemoOptions(agents, keys, interval, window, seconds, services, serve, report_format), console=stderr
+    )
     if as_json:
         print_json(summary)
     else:

@@ -15,6 +15,7 @@ import typer
 from pipeline.cli.console import CommandGroup, JsonOption, command_settings, complain, print_json, run_job
 from pipeline.core.report import Report, decode_report
 from pipeline.errors import DecodeError, PipelineError
+from pipeline.formats.encoder import ReportFormat
 from pipeline.kafka.topics import require_topics
 from pipeline.local.simulate import Simulated, reports, send_at_pace
 from pipeline.producer import MetadataProducer
@@ -45,6 +46,14 @@ def produce(
             show_default=False,
         ),
     ] = None,
+    report_format: Annotated[
+        ReportFormat,
+        typer.Option(
+            "--format",
+            help="Plain JSON, or a format in Confluent's wire format, whose schema is registered at "
+            "AGENT_METADATA_SCHEMA_REGISTRY_URL first.",
+        ),
+    ] = "json",
     as_json: JsonOption = False,
 ) -> None:
     """Produce reports: those on stdin, one JSON object per line, or those of simulated agents (--agents).
@@ -55,7 +64,12 @@ def produce(
     settings = command_settings()
     events = settings.declared_topics()["events"]
     run_job(require_topics(settings.client_config(), {"events": events}))
-    with MetadataProducer(settings.client_config(), topic=settings.events_topic) as producer:
+    with MetadataProducer(
+        settings.client_config(),
+        topic=settings.events_topic,
+        format=report_format,
+        schema_registry=settings.registry_config(),
+    ) as producer:
         if agents is None:
             counts = _produce_lines(producer)
         else:

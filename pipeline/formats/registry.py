@@ -9,8 +9,10 @@ from urllib.parse import urlsplit
 
 from pipeline.certificates import certificate_complaint
 from pipeline.errors import ANSWER_SECONDS, ConfigError, DecodeError, ServiceUnavailable
-from pipeline.formats.registry_settings import CA_FILE, URL
 
+# Settings; registry_settings.py has them.
+URL: Final = "AGENT_METADATA_SCHEMA_REGISTRY_URL"
+CA_FILE: Final = "AGENT_METADATA_SCHEMA_REGISTRY_SSL_CAFILE"
 SchemaKind = Literal["AVRO", "JSON", "PROTOBUF"]
 _KINDS: Final = ("AVRO", "JSON", "PROTOBUF")
 _NEEDS: Final = "schemas from a registry need {}: pip install 'agent-metadata-pipeline[formats]'"

