@@ -17,7 +17,7 @@ import asyncpg
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-from pipeline.local import PackagedKafka, PackagedPostgres
+from pipeline.local import PackagedKafka, PackagedPostgres, PackagedRegistry
 from tests.chaos import lag
 from tests.chaos.load import Load, LoadShape
 from tests.chaos.member import Member
@@ -81,6 +81,7 @@ class Run:
 
     deployment: Deployment
     load: Load
+    registry: PackagedRegistry | None = None  # of a scenario whose `prepare` starts one
 
     def __init__(
         self, services: Services, scenario: Scenario, seed: int, folder: Path, *, module: Sequence[str] = ("pipeline",)
@@ -128,6 +129,7 @@ class Run:
             "window_seconds": 0.3,
             "batch_size": 40,
             "session_timeout_seconds": SESSION_TIMEOUT_SECONDS,
+            **({"schema_registry_url": self.registry.url} if self.registry else {}),
             **self.scenario.settings,
         }
         url = _url_of(self.services.postgres.database_url, self._database)
@@ -141,7 +143,8 @@ class Run:
         async with self.connection() as connection:
             await connection.execute(AUDIT.read_text(encoding="utf-8"))
         config, topic = self.deployment.settings.client_config(), self.deployment.settings.events_topic
-        self.load = Load(config, topic, self.scenario.load, self.seed)
+        registry_url = self.registry.url if self.registry else ""
+        self.load = Load(config, topic, self.scenario.load, self.seed, registry_url)
         self._cleanup.callback(self.load.abandon)
 
     async def _perform(self) -> None:

@@ -13,9 +13,14 @@ from typing import Any, NamedTuple
 from confluent_kafka import Producer
 
 from pipeline.core.report import Entry, Report, encode_report
+from pipeline.data_files import data_dir
+from pipeline.formats.framing import frame
+from pipeline.formats.registry import SchemaRegistry
+from pipeline.formats.reports import write_avro_report
 from tests.chaos.transactions import ABORTED, TransactionalProducer
 
 POISON = "poison"  # a value with this ending is accepted, and is not expected in the table
+SCHEMA_SECONDS = 0.3
 KEYS = ("cpu", "disk", "load", "memory")
 Table = dict[tuple[str, str], tuple[str, str, datetime]]
 
@@ -37,7 +42,8 @@ class LoadShape:
     before, to the microsecond. `stuck`: this share of agents has a clock that stands still. Of the other agents one
     falls silent, and a new one begins, every `reports_an_agent` reports: so at any moment there are last values that no
     later report would replace if they were lost. `transactions`: half of the agents report in Kafka transactions, of
-    which some are aborted.
+    which some are aborted. `schemas`: reports are in Avro, each in one of so many schemas; another one comes into use
+    every 0.3 s.
     """
 
     agents: int = 120
@@ -47,6 +53,7 @@ class LoadShape:
     stuck: float = 0.2
     reports_an_agent: int = 4
     transactions: bool = False
+    schemas: int = 0
 
 
 class Load:
@@ -58,7 +65,9 @@ class Load:
     has the higher one. So an old value is recognisable in the table, its audit and listeners, ties included.
     """
 
-    def __init__(self, client_config: dict[str, Any], topic: str, shape: LoadShape, seed: int) -> None:
+    def __init__(
+        self, client_config: dict[str, Any], topic: str, shape: LoadShape, seed: int, registry_url: str = ""
+    ) -> None:
         # Every second: a partition that was added, or a recreated topic, has to be used within the scenario.
         self._config = {
             **client_config,
@@ -74,6 +83,7 @@ class Load:
         self._dice = random.Random(seed)
         self._agents = [self._new_agent() for _ in range(shape.agents)]
         self.lasting = set(self._agents[: round(shape.stuck * shape.agents)])
+        self._schema_ids = _register_schemas(registry_url, topic, shape.schemas) if shape.schemas else []
         self._times: dict[uuid.UUID, datetime] = {}
         self._accepted: dict[int, Accepted] = {}
         self._is_ending = threading.Event()
@@ -179,7 +189,7 @@ class Load:
         number, report = self._number(agent_id, keys, moment, ABORTED if transactional.is_doomed else value)
         transactional.produce(
             self._topic,
-            encode_report(report),
+            self._encode(report),
             str(agent_id),
             lambda message: (number, Accepted(message.partition(), message.offset(), report, moment)),
         )
@@ -198,7 +208,13 @@ class Load:
             elif value != POISON:
                 self._accepted[number] = Accepted(message.partition(), message.offset(), report, moment)
 
-        producer.produce(self._topic, encode_report(report), str(agent_id), on_delivery=delivered)
+        producer.produce(self._topic, self._encode(report), str(agent_id), on_delivery=delivered)
+
+    def _encode(self, report: Report) -> bytes:
+        if not self._schema_ids:
+            return encode_report(report)
+        in_use = round(self.produced / self._shape.reports_a_second / SCHEMA_SECONDS) + 1
+        return frame(self._dice.choice(self._schema_ids[:in_use]), write_avro_report(report))
 
     def _new_agent(self) -> uuid.UUID:
         return uuid.UUID(int=self._dice.getrandbits(128), version=4)
@@ -217,3 +233,11 @@ class Load:
             moment = max(now, before + timedelta(microseconds=1))
         self._times[agent_id] = moment
         return moment
+
+
+def _register_schemas(url: str, topic: str, count: int) -> list[int]:
+    """Register schemas that differ in a comment; return their ids."""
+    registry = SchemaRegistry({"url": url})
+    schema = (data_dir("topics") / "report.avsc").read_text(encoding="utf-8")
+    texts = [schema.replace("What one agent", f"{number}: what one agent") for number in range(count)]
+    return [registry.register(f"{topic}-value", "AVRO", text) for text in texts]

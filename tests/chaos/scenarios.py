@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.chaos.faults import all_of, during, kafka, postgres, processes, reports
+from tests.chaos.faults import all_of, during, kafka, postgres, processes, registry, reports
 from tests.chaos.faults.reports import at_rest
 from tests.chaos.harness import Scenario
 from tests.chaos.load import LoadShape
@@ -219,4 +219,15 @@ _BAD_RECORDS = [
     ),
 ]
 
-SCENARIOS = [*_WORKERS_AND_SINKS, *_UPGRADES, *_KAFKA, *_POSTGRES, *_BAD_RECORDS]
+_REGISTRY = [
+    Scenario(
+        "schema_registry_killed",  # while records in schemas that the worker has not seen arrive, and it is killed too
+        prepare=registry.started,
+        steps=[*during(2, 7, registry.crashed), (4, processes.kill("worker"))],
+        load=LoadShape(schemas=30),
+        seconds=10,
+        is_selected=True,
+    ),
+]
+
+SCENARIOS = [*_WORKERS_AND_SINKS, *_UPGRADES, *_KAFKA, *_POSTGRES, *_BAD_RECORDS, *_REGISTRY]
