@@ -127,6 +127,34 @@ def test_database_that_is_not_there_exits_with_1_and_says_what_to_do(command):
     assert "secret" not in message
 
 
+BRIDGED = {"AGENT_METADATA_BRIDGE_DATABASE_URL": f"postgresql://u:secret@{NOBODY}/coder"}
+
+
+def test_bridge_without_coders_database_exits_with_2_and_names_the_setting():
+    done = agent_metadata("bridge")
+    assert done.returncode == 2
+    assert "AGENT_METADATA_BRIDGE_DATABASE_URL is not set" in complaint(done)
+
+
+def test_bridge_whose_database_is_not_there_exits_with_1_and_names_the_setting():
+    done = agent_metadata("bridge", **BRIDGED)
+    assert done.returncode == 1
+    message = complaint(done)
+    assert "is it up, and is AGENT_METADATA_BRIDGE_DATABASE_URL right?" in message
+    assert "secret" not in message
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"AGENT_METADATA_EVENTS_FORMAT": "otlp_json"}, {"AGENT_METADATA_MAPPING": '{"id": "host", "entries": "values"}'}],
+    ids=["format", "mapping"],
+)
+def test_bridge_to_a_topic_of_another_format_exits_with_2(variables):
+    done = agent_metadata("bridge", **BRIDGED, **variables)
+    assert done.returncode == 2
+    assert "the bridge produces our own reports" in complaint(done)
+
+
 @pytest.mark.parametrize(
     "url",
     [
