@@ -17,7 +17,15 @@ from pipeline.core.report import Entry, Report, Timestamp
 from pipeline.core.values import MAX_VALUE_BYTES, as_text, utf8_length
 from pipeline.errors import DecodeError
 from pipeline.formats.mapping.config import MappingConfig
-from pipeline.formats.mapping.structs import NoFastWay, Slot, getter, inside_getter, make_struct, steps_of
+from pipeline.formats.mapping.structs import (
+    NoFastWay,
+    Slot,
+    getter,
+    head_setter,
+    inside_getter,
+    make_struct,
+    steps_of,
+)
 from pipeline.formats.mapping.times import time_reader
 
 _Parse = Callable[[bytes], Report]
@@ -233,6 +241,8 @@ class _Compiler:
         is_in_place = all(places.get(slot.name) == slot.name for slot in head)
         if is_in_place and len(ids) == 1 and (self._is_rfc3339 or len(head) == 1):
             return _Head(decode, places, None)
+        if not inside and len(ids) == 1 and (usual := head_setter(head, places, is_moment=self._is_rfc3339)):
+            return _Head(decode, places, usual)
         getters = [
             (slot in inside, inside_getter(slot, len(fields or ())) if slot in inside else getter(slot, places))
             for slot in head

@@ -72,6 +72,29 @@ def inside_getter(slot: Slot, depth: int) -> Get:
     return get
 
 
+def head_setter(head: list[Slot], places: dict[str, str], *, is_moment: bool) -> Callable[[Any, Any], None] | None:
+    """Return what sets a report's agent and time, in half the time that it takes in general.
+
+    Shape: `head` are the slots of one id and perhaps a time, which is a moment already, and beside the id or in its
+    place; None for any other.
+    """
+    agent, *others = head
+    moved = [slot for slot in others if places[slot.name] != slot.name]
+    if (others and not is_moment) or any(slot.steps[:-1] != agent.steps[:-1] for slot in moved):
+        return None
+    get: Callable[[Any], Any] = attrgetter(places[agent.name], *(places[slot.name] for slot in moved))
+
+    def set_agent(report: Any, _fields: Any) -> None:
+        agent_id = get(report)
+        report.agent_id = agent_id if agent_id.__class__ is str else str(agent_id)
+
+    def set_both(report: Any, _fields: Any) -> None:
+        agent_id, report.collected_at = get(report)
+        report.agent_id = agent_id if agent_id.__class__ is str else str(agent_id)
+
+    return set_both if moved else set_agent
+
+
 def make_struct(
     slots: Iterable[Slot], virtual: dict[str, Any], depth: int = 0
 ) -> tuple[type[msgspec.Struct], dict[str, str]]:
