@@ -75,6 +75,8 @@ class PackagedRegistry(LocalServer):
             "java.io.tmpdir": str(self._home),
             "quarkus.http.host": LOOPBACK,
             "quarkus.http.port": str(self.port),
+            "quarkus.management.host": LOOPBACK,
+            "quarkus.management.port": "0",  # any: nobody asks there
             # On disk, and written before a schema's id is returned: H2 itself would lose the last half second.
             "apicurio.datasource.url": f"jdbc:h2:file:{self._home / 'schemas'};WRITE_DELAY=0",
         }
