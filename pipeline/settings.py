@@ -124,6 +124,9 @@ class Settings(PostgresUrls, KafkaSecurity, FormatSettings):
     serve_token: SecretStr | None = Field(
         default=None, description="bearer token that the API requires; unset or empty: none"
     )
+    serve_reports_token: SecretStr | None = Field(
+        default=None, description="bearer token that POST /reports requires; unset or empty: it is off"
+    )
     serve_cors_origins: str = Field(
         default="",
         pattern=_ORIGINS,
@@ -131,7 +134,7 @@ class Settings(PostgresUrls, KafkaSecurity, FormatSettings):
     )
     log_format: Literal["console", "json"] = Field(default="console", description="format of the log on stderr")
 
-    @field_validator("serve_token")
+    @field_validator("serve_token", "serve_reports_token")
     @classmethod
     def _is_token(cls, value: SecretStr | None) -> SecretStr | None:
         token = value.get_secret_value() if value else ""

@@ -205,6 +205,19 @@ class ServeMetrics:
             "agent_metadata_left_out_pairs", "Pairs beyond AGENT_METADATA_SERVE_MAX_PAIRS, to 2 %.", registry=registry
         )
 
+        self.report_requests = Counter(
+            "agent_metadata_report_requests", "Requests to POST /reports.", ["status"], registry=registry
+        )
+        self.posted_reports = Counter(
+            "agent_metadata_posted_reports",
+            "Reports of these: accepted, as Kafka acknowledged them, or refused, as they can't be used.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.waiting_reports = Gauge(
+            "agent_metadata_waiting_reports", "Reports of these that Kafka has yet to acknowledge.", registry=registry
+        )
+
     def show_pairs(self, pairs: int, stale: int, left_out: int) -> None:
         """Set the gauges."""
         self._pairs.set(pairs)

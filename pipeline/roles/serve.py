@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from ipaddress import ip_address
 from typing import Final
@@ -13,13 +13,16 @@ import asyncpg
 import structlog
 from prometheus_client import CollectorRegistry
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError, ServiceUnavailable
+from pipeline.kafka.publisher import Publisher
+from pipeline.kafka.topics import require_topics
 from pipeline.listener import MetadataListener
 from pipeline.postgres.connections import CONNECT_TIMEOUT_SECONDS, connected, open_pool, require_sessions
 from pipeline.postgres.errors import translated_errors
 from pipeline.postgres.migrations import require_schema
 from pipeline.postgres.rows import TableRow, read_rows
 from pipeline.roles.process import on_stop_signals
+from pipeline.roles.role import LAST_FLUSH_SECONDS, START_TIMEOUT_SECONDS
 from pipeline.serve.live import LiveTable
 from pipeline.settings import Settings
 
@@ -34,15 +37,17 @@ async def run_serve(settings: Settings) -> None:
 
     Raises:
         ConfigError, ServiceUnavailable, SchemaMismatch: it could not start.
-        PipelineError: Postgres refuses the listener for good.
+        PipelineError: Postgres refuses the listener for good, or Kafka the producer.
     """
     try:
         from pipeline.serve.api import LiveServer
         from pipeline.serve.http import listen, serve
+        from pipeline.serve.reports import Intake
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{error.name} is not installed: pip install 'agent-metadata-pipeline[serve]' for `serve`"
         ) from error
+    _refuse_reports_of_other_formats(settings)
     database_url = settings.database_url.get_secret_value()
     async with connected(database_url) as connection:
         await require_schema(connection)
@@ -58,6 +63,15 @@ async def run_serve(settings: Settings) -> None:
         max_size=SERVE_CONNECTIONS,
         command_timeout_seconds=CONNECT_TIMEOUT_SECONDS,
     )
+    stop = asyncio.Event()
+    failures: list[BaseException] = []
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        stop.set()
+
+    token = settings.serve_reports_token
+    publisher = await _open_publisher(settings) if token else None
     server = LiveServer(
         table=table,
         read=partial(_read, pool),
@@ -69,20 +83,63 @@ async def run_serve(settings: Settings) -> None:
         token=settings.serve_token.get_secret_value() if settings.serve_token else None,
         is_local=_is_loopback(settings.serve_host),
         cors_origins=[origin.strip() for origin in settings.serve_cors_origins.split(",") if origin.strip()],
+        intake=Intake(token.get_secret_value(), partial(_send, publisher, settings.events_topic, fail))
+        if token and publisher
+        else None,
     )
-    stop = asyncio.Event()
     on_stop_signals(stop.set)
     async with pool:
         listening = listen(settings.serve_host, settings.serve_port)
         following = asyncio.create_task(_follow(listener, table))
         following.add_done_callback(lambda _: stop.set())
         host, port = listening.getsockname()[:2]
-        _log.info("serve_started", url=f"http://{host}:{port}/", token="required" if settings.serve_token else "none")
+        _log.info(
+            "serve_started",
+            url=f"http://{host}:{port}/",
+            token="required" if settings.serve_token else "none",
+            reports="on" if publisher else "off",
+        )
         await serve(server, listening, stop)
+        if publisher is not None:
+            await publisher.close(LAST_FLUSH_SECONDS)
         if following.done():
             following.result()
         following.cancel()
+    if failures:
+        raise failures[0]
     _log.info("serve_stopped")
+
+
+def _refuse_reports_of_other_formats(settings: Settings) -> None:
+    """Refuse to take reports where the worker would not read them: POST /reports writes our own JSON."""
+    if settings.serve_reports_token and (settings.mapping is not None or settings.events_format != "json"):
+        asked = (
+            "a mapping" if settings.mapping is not None else f"AGENT_METADATA_EVENTS_FORMAT={settings.events_format}"
+        )
+        raise ConfigError(
+            f"AGENT_METADATA_SERVE_REPORTS_TOKEN is set, and so is {asked}: POST /reports writes reports in our own "
+            "JSON, which the worker would not read; unset one of them"
+        )
+
+
+async def _open_publisher(settings: Settings) -> Publisher:
+    events = settings.declared_topics()["events"]
+    try:
+        await require_topics(settings.client_config(), {"events": events}, timeout_s=START_TIMEOUT_SECONDS)
+    except ServiceUnavailable as error:  # the page needs no Kafka
+        _log.warning("kafka_unavailable", error=str(error), advice="POST /reports answers 503 until it is back")
+    # MetadataProducer's partitioner, so that an agent's reports from any program share a partition.
+    return Publisher({**settings.client_config(), "partitioner": "murmur2"})
+
+
+async def _send(
+    publisher: Publisher, topic: str, on_refused: Callable[[BaseException], None], value: bytes, key: bytes
+) -> asyncio.Future[None]:
+    try:
+        return await publisher.send(topic, value, key=key)
+    except PipelineError as error:  # for good: a new process gets a new producer
+        on_refused(error)
+        raise
 
 
 async def _follow(listener: MetadataListener, table: LiveTable) -> None:

@@ -29,6 +29,7 @@ from pipeline.core.report import agent_uuid
 from pipeline.errors import DecodeError, PipelineError
 from pipeline.monitoring.metrics import Freshness, ServeMetrics
 from pipeline.serve.live import LiveRow, LiveTable
+from pipeline.serve.reports import Intake, ReportsRoute
 from pipeline.serve.streams import (
     AgentMetadata,
     Body,
@@ -80,7 +81,7 @@ class LiveServer:
     `read(agent_ids)` asks Postgres, for requests that want what it has now; `table` follows the listener.
     `token` guards the agents' data. Without one, `is_local` means that only this machine's own names are answered:
     otherwise a foreign page whose name resolves to 127.0.0.1 (DNS rebinding) could read the data in its visitor's
-    browser.
+    browser. `intake` takes reports; without one, POST /reports is off.
     """
 
     def __init__(
@@ -94,12 +95,14 @@ class LiveServer:
         token: str | None = None,
         cors_origins: Sequence[str] = (),
         is_local: bool = False,
+        intake: Intake | None = None,
     ) -> None:
         self._table = table
         self._read = read
         self._why_not_ready = why_not_ready
         self._metrics = ServeMetrics(registry)
         self._streams = EventStreams(table, self._metrics, freshness)
+        self._reports = ReportsRoute(intake, self._metrics)
         self._registry = registry
         self.app = self._make_app(_access_check(token, is_local=is_local), cors_origins)
 
@@ -110,7 +113,7 @@ class LiveServer:
     def _make_app(self, access_check: Callable[..., Awaitable[None]] | None, cors_origins: Sequence[str]) -> FastAPI:
         app = FastAPIOffline(
             title="agent metadata",
-            description="Agents' metadata as it is now, and as it changes.",
+            description="Agents' metadata as it is now, and as it changes; and reports of agents.",
             version=version("agent-metadata-pipeline"),
             redoc_url=None,
         )
@@ -131,6 +134,7 @@ class LiveServer:
         ):
             data.get(path, response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})(watch)
         app.include_router(data)
+        self._reports.add_to(app)
         app.get("/live", response_class=PlainTextResponse)(self._get_live)
         app.get("/ready", response_class=PlainTextResponse)(self._get_ready)
         app.get("/metrics", response_class=PlainTextResponse)(self._get_metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import time
 import uuid
@@ -125,3 +126,15 @@ async def get(url: str, path: str, **headers: str) -> tuple[int, Any, aiohttp.Cl
     async with aiohttp.ClientSession() as session, session.get(url + path, headers=headers) as response:
         is_json = response.content_type == "application/json"
         return response.status, await (response.json() if is_json else response.text()), response
+
+
+async def post_reports(
+    url: str, body: Any, token: str | None, *, kind: str = "application/json", **headers: str
+) -> tuple[int, Any, Any]:
+    """Return status, answer and headers; `body` is what JSON is made of, bytes, or an iterator of bytes."""
+    given = {"Content-Type": kind, **({"Authorization": f"Bearer {token}"} if token else {})}
+    given |= {name.replace("_", "-"): value for name, value in headers.items()}
+    data = json.dumps(body).encode() if isinstance(body, dict | list) else body
+    data = io.BytesIO(data) if isinstance(data, bytes) else data
+    async with aiohttp.ClientSession() as session, session.post(url + "/reports", data=data, headers=given) as response:
+        return response.status, await response.json(), response.headers

@@ -67,7 +67,8 @@ WRONG = [
     ("AGENT_METADATA_LOG_FORMAT", "xml", "'console' or 'json'"),
 ]
 URLS = ("DATABASE_URL", "DATABASE_LISTEN_URL", "AGENT_METADATA_BRIDGE_DATABASE_URL")
-SECRET = {*URLS, "AGENT_METADATA_SERVE_TOKEN"}
+TOKENS = ("AGENT_METADATA_SERVE_TOKEN", "AGENT_METADATA_SERVE_REPORTS_TOKEN")
+SECRET = {*URLS, *TOKENS}
 
 
 @pytest.mark.parametrize(("variable", "value", "allowed"), WRONG)
@@ -113,18 +114,21 @@ def test_wrong_database_url_is_named_without_its_value(monkeypatch, url):
     assert raised.value.__cause__ is None
 
 
+@pytest.mark.parametrize("variable", TOKENS)
 @pytest.mark.parametrize("token", ["two words", "s3cret\n", "gehe\u00edm", '"s3cret"'])
-def test_wrong_token_is_named_without_its_value(monkeypatch, token):
-    monkeypatch.setenv("AGENT_METADATA_SERVE_TOKEN", token)
+def test_wrong_token_is_named_without_its_value(monkeypatch, variable, token):
+    monkeypatch.setenv(variable, token)
     with pytest.raises(ConfigError) as raised:
         load_settings()
-    assert str(raised.value).startswith("AGENT_METADATA_SERVE_TOKEN: may contain only letters")
+    assert str(raised.value).startswith(f"{variable}: may contain only letters")
     assert token not in str(raised.value)
 
 
 def test_empty_token_is_none(monkeypatch):
-    monkeypatch.setenv("AGENT_METADATA_SERVE_TOKEN", "")
-    assert load_settings().serve_token is None
+    for variable in TOKENS:
+        monkeypatch.setenv(variable, "")
+    settings = load_settings()
+    assert (settings.serve_token, settings.serve_reports_token) == (None, None)
 
 
 @pytest.mark.parametrize("variable", URLS)

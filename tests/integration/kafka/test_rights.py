@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
+import aiohttp
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import (
@@ -22,14 +24,17 @@ from confluent_kafka.admin import (
 
 from pipeline.errors import PipelineError
 from pipeline.kafka.publisher import Publisher
+from pipeline.local.process import free_port
 from tests.support.deployment import Deployment, consume_all, eventually
 from tests.support.documentation import table_rows
 from tests.support.secured_kafka import PASSWORD, USER, SecuredKafka, secured_kafka
+from tests.support.serving import post_reports
 
 pytestmark = pytest.mark.services
 
 AGENT = UUID("0b7c1e1c-3a54-4be5-9f0e-2a8f7b1ac002")
 ROLES = ("events", "batches", "dead-letter")
+SERVE = "`serve`, for `POST /reports`"
 PRODUCE = ("produce", "--agents", "3", "--duration", "2")
 # How the commands end if their rights suffice; status and why find problems here, as nothing runs.
 COMMANDS = {
@@ -123,7 +128,29 @@ DOCUMENTED = {who: (topics, groups) for who, topics, groups in table_rows("docs/
 
 
 def test_table_names_every_command_that_reaches_kafka():
-    assert DOCUMENTED.keys() == COMMANDS.keys() | {"`worker`", "`sink`"}
+    assert DOCUMENTED.keys() == COMMANDS.keys() | {"`worker`", "`sink`", SERVE}
+
+
+async def test_serve_takes_reports_with_the_documented_rights_and_ends_without_them(two):
+    await two.admin.prepare()
+    two.user.environment |= {"AGENT_METADATA_SERVE_PORT": str(port := free_port())}
+    two.user.environment |= {"AGENT_METADATA_SERVE_REPORTS_TOKEN": "token"}
+    posting = (f"http://127.0.0.1:{port}", {"agent_id": str(AGENT), "entries": [{"key": "cpu"}]}, "token")
+    two.grant("events DESCRIBE")
+    refused = two.user.start("serve")
+    await two.user.ready(refused, port)
+    await eventually("it ends", lambda: ends_after(refused, posting))
+    assert refused.returncode == 1
+    assert "Kafka refuses this producer for good" in two.user.log(refused).splitlines()[-1]
+    two.grant(*DOCUMENTED[SERVE])
+    await two.user.ready(two.user.start("serve"), port)
+    assert (await post_reports(*posting))[0] == 202
+
+
+async def ends_after(process, posting):
+    with suppress(aiohttp.ClientError):
+        assert (await post_reports(*posting))[0] == 503
+    return process.poll() is not None
 
 
 @pytest.mark.parametrize("role", ["worker", "sink"])
