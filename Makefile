@@ -7,7 +7,7 @@ SEEDS ?= 3
 KAFKA ?= 3.9.2
 POSTGRES ?=
 # What another version of Kafka or Postgres may break: six to eight minutes on two cores.
-VERSIONED := $(addprefix tests/integration/,test_pipeline.py test_recreated.py test_transactions.py kafka worker sink postgres jobs replay)
+VERSIONED := $(addprefix tests/integration/,test_pipeline.py test_recreated.py test_transactions.py bridge kafka worker sink postgres jobs replay)
 VERSIONED += --ignore tests/integration/worker/test_memory.py
 
 .DEFAULT_GOAL := help
