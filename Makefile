@@ -12,7 +12,7 @@ VERSIONED += --ignore tests/integration/worker/test_memory.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test versions check lint docs format bench bench-worker bench-sink bench-end-to-end bench-replay bench-memory \
-	bench-serve bench-fuzz chaos clean
+	bench-serve bench-formats bench-fuzz chaos clean
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ bench-end-to-end: .venv/.dev ## From the topic to the table, against a plain pro
 
 bench-serve: .venv/.dev ## 5,000 event streams of one process
 	$(BIN)/python -m bench.serve
+
+bench-formats: .venv/.dev ## The worker on Avro, Protobuf, JSON Schema and mapped JSON: about ten minutes
+	$(BIN)/python -m bench.formats
 
 bench-fuzz: .venv/.dev ## Feed the decoders input that hypothesis generates, for 5 minutes; ARGS="--seconds 60"
 	$(BIN)/python -m tests.property.fuzz $(ARGS)

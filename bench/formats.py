@@ -19,11 +19,12 @@ from bench import harness
 from bench.plain import assigned_consumer
 from bench.worker import ours
 from pipeline.core.report import Report
+from pipeline.formats.encoder import ReportFormat, report_encoder
 
 ENTRIES = 2_000_000
 RUNS = 5
 MAPPING: Final = {"id": "device.id", "time": "device.at", "entries": "readings"}
-_REGISTERED: Final = ("avro", "protobuf", "json_schema")
+_REGISTERED: Final[tuple[ReportFormat, ...]] = ("avro", "protobuf", "json_schema")
 
 
 def plain_avro(topic: str, servers: str, entries: int, schema: str, **_: Any) -> None:
@@ -60,7 +61,6 @@ def foreign(report: Report) -> bytes:
 
 def main() -> None:
     from pipeline.local import start_services
-    from pipeline.producer import report_encoder
 
     figures: dict[str, list[float]] = {}
     ratios = {}
@@ -73,7 +73,7 @@ def main() -> None:
             for name, configured in settings.items():
                 topic, batches = f"{name}-{shape}", f"batches-{name}-{shape}"
                 harness.say(f"producing {ENTRIES:,} entries, {shape} per report: {name}")
-                encode = foreign if name == "mapped" else report_encoder(name, topic, registry)
+                encode = foreign if name == "mapped" else _encoder(name, topic, registry)
                 harness.fill_events(servers, topic, entries=ENTRIES, entries_a_report=shape, encode=encode)
                 harness.create_topic(servers, batches)
                 options: dict[str, Any] = {
@@ -100,6 +100,11 @@ def main() -> None:
             ratios=dict(sorted(ratios.items())),
             note=__doc__ or "",
         )
+
+
+def _encoder(name: str, topic: str, registry: str) -> Callable[[Report], bytes]:
+    report_format: ReportFormat = next((known for known in _REGISTERED if known == name), "json")
+    return report_encoder(report_format, topic=topic, schema_registry={"url": registry})
 
 
 def side(name: str, options: dict[str, Any]) -> float:

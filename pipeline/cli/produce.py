@@ -62,6 +62,7 @@ def produce(
     and an entry's "error" are optional. A line that is refused is reported on stderr, and the others are sent.
     """
     settings = command_settings()
+    settings.require_own_reports("this command produces reports")
     events = settings.declared_topics()["events"]
     run_job(require_topics(settings.client_config(), {"events": events}))
     with MetadataProducer(

@@ -50,15 +50,17 @@ class FormatSettings(RegistrySettings):
         except ValueError:
             raise ValueError(_NO_TABLE) from None
 
-    def require_own_reports(self, what: str) -> None:
+    def require_own_reports(self, what: str, *, advice: str = "give our own reports a topic of their own") -> None:
         """Refuse to write our own reports to a topic whose records are read as something else.
 
         Raises:
-            ConfigError: they are; `what` is the subject of the message.
+            ConfigError: they are; `what`, such as "the bridge produces reports", begins the message.
         """
         if self.mapping is not None or self.events_format != "json":
             setting = "MAPPING" if self.mapping is not None else f"EVENTS_FORMAT={self.events_format}"
-            raise ConfigError(f"{what}, and with {_PREFIX}{setting} the events topic is not read as such")
+            raise ConfigError(
+                f"{what} in our own format, and {_PREFIX}{setting} says that the events topic holds another: {advice}"
+            )
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Self:

@@ -129,8 +129,8 @@ async def redrive(
         PipelineError: Kafka did not acknowledge all reports; run it again.
     """
     settings.require_own_reports(
-        "a redrive produces our own reports; mend the settings and `replay` the time range instead, which reads the "
-        "records where they are"
+        "a redrive produces reports",
+        advice="mend the settings and `replay` the time range instead, which reads the records where they are",
     )
     # The topic is read twice, to save memory. A row that Postgres refuses comes back without its headers, so the
     # number of equal reports tells how often it was tried; of equal ones only the last is sent.

@@ -32,7 +32,7 @@ async def run_bridge(settings: Settings, *, once: bool = False) -> Copied | None
         ConfigError, TopicMismatch, ServiceUnavailable: it could not start.
         PipelineError: it failed; what Kafka had not acknowledged is sent by the next start.
     """
-    settings.require_own_reports("the bridge produces our own reports")
+    settings.require_own_reports("the bridge produces reports")
     source_url = await _find_source(settings)
     events = settings.declared_topics()["events"]
     await require_topics(settings.client_config(), {"events": events}, timeout_s=START_TIMEOUT_SECONDS)

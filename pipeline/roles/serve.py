@@ -47,7 +47,8 @@ async def run_serve(settings: Settings) -> None:
         raise ConfigError(
             f"{error.name} is not installed: pip install 'agent-metadata-pipeline[serve]' for `serve`"
         ) from error
-    _refuse_reports_of_other_formats(settings)
+    if settings.serve_reports_token:
+        settings.require_own_reports("POST /reports (AGENT_METADATA_SERVE_REPORTS_TOKEN) produces reports")
     database_url = settings.database_url.get_secret_value()
     async with connected(database_url) as connection:
         await require_schema(connection)
@@ -108,18 +109,6 @@ async def run_serve(settings: Settings) -> None:
     if failures:
         raise failures[0]
     _log.info("serve_stopped")
-
-
-def _refuse_reports_of_other_formats(settings: Settings) -> None:
-    """Refuse to take reports where the worker would not read them: POST /reports writes our own JSON."""
-    if settings.serve_reports_token and (settings.mapping is not None or settings.events_format != "json"):
-        asked = (
-            "a mapping" if settings.mapping is not None else f"AGENT_METADATA_EVENTS_FORMAT={settings.events_format}"
-        )
-        raise ConfigError(
-            f"AGENT_METADATA_SERVE_REPORTS_TOKEN is set, and so is {asked}: POST /reports writes reports in our own "
-            "JSON, which the worker would not read; unset one of them"
-        )
 
 
 async def _open_publisher(settings: Settings) -> Publisher:

@@ -145,14 +145,25 @@ def test_bridge_whose_database_is_not_there_exits_with_1_and_names_the_setting()
 
 
 @pytest.mark.parametrize(
-    "variables",
+    "settings",
     [{"AGENT_METADATA_EVENTS_FORMAT": "otlp_json"}, {"AGENT_METADATA_MAPPING": '{"id": "host", "entries": "values"}'}],
-    ids=["format", "mapping"],
+    ids=["otlp", "mapping"],
 )
-def test_bridge_to_a_topic_of_another_format_exits_with_2(variables):
-    done = agent_metadata("bridge", **BRIDGED, **variables)
+@pytest.mark.parametrize(
+    ("command", "subject"),
+    [
+        (["bridge"], "the bridge produces reports in our own format"),
+        (["produce"], "this command produces reports in our own format"),
+        (["dead-letter", "redrive", "--all"], "a redrive produces reports in our own format"),
+    ],
+    ids=["bridge", "produce", "redrive"],
+)
+def test_reports_of_our_own_are_not_written_to_a_topic_of_another_format(settings, command, subject):
+    done = agent_metadata(*command, **settings)
     assert done.returncode == 2
-    assert "the bridge produces our own reports" in complaint(done)
+    (setting,) = settings
+    assert subject in complaint(done)
+    assert setting in complaint(done)
 
 
 @pytest.mark.parametrize(
