@@ -73,8 +73,7 @@ class EventsDecoder(RecordDecoder):
             return self._decode_framed(record, *framed)
         if self._mapping is None:
             return super().decode(record)
-        value = None if record.value is None else read_json(record.value)
-        return _limited(self._mapping.reports(value, record))
+        return _limited(self._mapping.decode(record.value, record))
 
     def _decode_framed(self, record: Record, schema_id: SchemaId, payload: bytes) -> Decoded:
         if self._schemas is None:
@@ -83,9 +82,11 @@ class EventsDecoder(RecordDecoder):
         assert record.value is not None
         is_prefixed = payload == record.value[_PREFIX_BYTES:]
         if self._mapping is not None:
-            if is_prefixed and read is read_json and self._mapping.parse is not None:
+            if read is not read_json:
+                return _limited(self._mapping.reports(read(payload), record))
+            if is_prefixed and self._mapping.parse is not None:
                 self._parse_prefixed(record.value, self._mapping.parse)
-            return _limited(self._mapping.reports(read(payload), record))
+            return _limited(self._mapping.decode(payload, record))
         read_report = self._schemas.report_reader(schema_id)
         if read_report is None:
             return _limited([convert_report(read(payload))])
@@ -106,8 +107,9 @@ class EventsDecoder(RecordDecoder):
             raise DecodeError(
                 f"written in schema {schema_id} of a schema registry: set AGENT_METADATA_SCHEMA_REGISTRY_URL to read it"
             )
-        value = read_json(payload)
-        return _limited([convert_report(value)] if self._mapping is None else self._mapping.reports(value, record))
+        if self._mapping is not None:
+            return _limited(self._mapping.decode(payload, record))
+        return _limited([convert_report(read_json(payload))])
 
     def _parse_prefixed(self, value: bytes, read: Callable[[bytes], Report]) -> None:
         """Read records that begin as this one does in the fast way from now on."""

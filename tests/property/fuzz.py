@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import HypothesisWarning
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tests.support.foreign import FOREIGN_VALUES, check_mappings, check_otlp
 from tests.support.format_checks import TARGETS, outcome
 from tests.support.format_checks import damaged as broken
 from tests.support.strategies import RECORD_VALUES, check_decoders
@@ -45,6 +46,8 @@ PIECES = [
 
 FUZZED: dict[str, tuple[st.SearchStrategy[bytes | None], Callable[[Any], str]]] = {
     "own json": (RECORD_VALUES, check_decoders),
+    "mapping": (RECORD_VALUES | FOREIGN_VALUES, check_mappings),
+    "otlp": (st.binary(max_size=300) | FOREIGN_VALUES, check_otlp),
     **{
         name: (st.binary(max_size=300) | target.good | broken(target.good), partial(outcome, target.check))
         for name, target in TARGETS.items()

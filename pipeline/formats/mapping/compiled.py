@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Final, NamedTuple
@@ -14,6 +15,7 @@ from pipeline.formats.mapping.config import MappingConfig
 from pipeline.formats.mapping.parser import compile_parser
 from pipeline.formats.mapping.paths import Missing, Path
 from pipeline.formats.mapping.times import time_reader
+from pipeline.formats.schemas import read_json
 
 _Containers: Final = dict | list | tuple
 
@@ -33,7 +35,7 @@ class CompiledMapping:
     KeyError or DecodeError for whatever is not plain, about which `reports` decides. It is None if the mapping needs
     more than the value, or a list's index.
     Guarantee: what `parse` returns is what `reports` would return, and is within the limits if the value has at most
-    SHORT_BYTES and no backslash.
+    SHORT_BYTES and no backslash. Only `parse` takes a value that is no JSON in a part that the mapping does not name.
     """
 
     def __init__(self, config: MappingConfig) -> None:
@@ -44,6 +46,21 @@ class CompiledMapping:
         self._entries, self._key = config.path("entries"), config.path("key")
         self._value, self._error = config.path("value"), config.path("error")
         self._include, self._exclude = config.include, config.left_out
+
+    def decode(self, raw: bytes | None, record: Record) -> list[Report]:
+        """Return the reports in JSON, by `parse` or else by `reports`; they are not within the limits yet.
+
+        Guarantee: a record becomes the same whether or not a reader has tried `parse` before.
+
+        Raises:
+            DecodeError: it is not JSON, or see `reports`.
+        """
+        if raw is None:
+            return []
+        if self.parse is not None:
+            with contextlib.suppress(*PARSE_ERRORS, KeyError, DecodeError):
+                return [self.parse(raw)]
+        return self.reports(read_json(raw), record)
 
     def reports(self, value: object, record: Record) -> list[Report]:
         """Return the reports in a record, `value` being its decoded value: one, or none for a tombstone or a delete.

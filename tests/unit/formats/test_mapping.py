@@ -9,7 +9,9 @@ from pydantic import ValidationError
 
 from pipeline.core.record import KafkaRecord
 from pipeline.core.report import PARSE_ERRORS
+from pipeline.core.window import OpenWindow
 from pipeline.errors import DecodeError
+from pipeline.formats.decoder import EventsDecoder
 from pipeline.formats.mapping import MappingConfig, compile_mapping
 
 T0 = datetime(2026, 1, 2, 3, 4, 5, 678000, UTC)
@@ -408,3 +410,14 @@ def test_mapping_that_fits_no_record_is_refused(config, problem):
 )
 def test_usual_mappings_have_a_fast_way(config):
     assert mapping(**config).parse is not None
+
+
+def test_record_becomes_the_same_whether_its_agent_is_known_or_not():
+    """What the mapping does not name may be no JSON: the fast way skips it, and then the careful way must not refuse."""
+    raw = b'{"source": "a", "ignored": "\xff", "more": 1e999, "data": {"k": 1}}'
+    decoder = EventsDecoder(None, mapping(id="source", entries="data"))
+    window = OpenWindow(0, capacity=9, max_clock_skew=timedelta(0), decoder=decoder)
+    for offset in range(2):  # at first the agent is new
+        window.fold([record(raw)._replace(offset=offset)])
+    closed = window.close("scheduled", 1)
+    assert (closed.entries, closed.rejected, [row.value for row in closed.rows]) == (2, [], ["1"])
