@@ -98,7 +98,7 @@ def replayed(environment: dict[str, str], url: str) -> float:
 
 def freshness(environment: dict[str, str], while_running: Any) -> list[float]:
     """Return the seconds from report to NOTIFY that a listener sees for as long as `while_running()` takes."""
-    watched = [str(agent_id(number)) for number in range(WATCHED)]
+    watched = [str(agent_id(number)) for number in range(1, WATCHED + 1)]
     with tempfile.TemporaryFile("w+") as lines:  # a pipe would fill up
         watching = start(environment, "watch", *watched, "--json", stdout=lines)
         try:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline.core.report import agent_uuid
 from pipeline.local.deployment import ask
 from pipeline.postgres.connections import Connection
-from pipeline.postgres.rows import read_all_rows
+from pipeline.postgres.rows import TableRow, read_all_rows
 
 Pair = tuple[str, str]
 """(agent id, key)."""
@@ -91,7 +92,15 @@ class Changes:
 
 
 async def count_mismatched(connection: Connection, expected: Mapping[Pair, Content]) -> int:
-    """Count the rows of the table that are missing, wrong or unexpected."""
-    rows = {(str(row[0]), row[1]): tuple(row[2:5]) async for part in read_all_rows(connection) for row in part}
+    """Count the rows of the table that are missing, wrong or unexpected, or that lack their agent's name."""
+    rows = {
+        (str(row.agent_id), row.key): tuple(row[2:5]) if _has_its_name(row) else None
+        async for part in read_all_rows(connection)
+        for row in part
+    }
     wrong = sum(rows.get(pair) != content for pair, content in expected.items())
     return wrong + sum(pair not in expected for pair in rows)
+
+
+def _has_its_name(row: TableRow) -> bool:
+    return row.name is not None and agent_uuid(row.name) == str(row.agent_id)

@@ -12,18 +12,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from pipeline.core.report import agent_uuid
 from pipeline.producer import MetadataProducer
 
 # Names of coder's own examples come first; further keys are numbered.
 _KEYS: Final = ("cpu", "memory", "disk", "load", "status", "uptime", "users", "network", "processes", "version")
-_NAMESPACE: Final = uuid.UUID("6f1d3d0a-6b57-4a55-9d4e-0a2f5c1e8b11")
 
 
 class Simulated(NamedTuple):
-    """One report, to be sent `due` seconds after the start."""
+    """One report of an agent with this name, to be sent `due` seconds after the start."""
 
     due: float
-    agent_id: uuid.UUID
+    name: str
     keys: list[str]
     values: list[str]
     errors: list[str]
@@ -42,8 +42,9 @@ class Oracle:
         """Note an accepted report."""
         self.reports += 1
         self.entries += len(report.keys)
+        identity = agent_uuid(report.name)
         for key, value, error in zip(report.keys, report.values, report.errors, strict=True):
-            self.newest[str(report.agent_id), key] = (value, error, collected_at)
+            self.newest[identity, key] = (value, error, collected_at)
 
     def write(self, path: Path) -> None:
         """Write one JSON line per pair."""
@@ -62,9 +63,14 @@ def read_oracle(path: Path) -> dict[tuple[str, str], tuple[str, str, datetime]]:
         }
 
 
+def agent_name(number: int) -> str:
+    """Return the name of the simulated agent with this number."""
+    return f"host-{number:04}"
+
+
 def agent_id(number: int) -> uuid.UUID:
-    """Return the id of the simulated agent with this number: the same in every run."""
-    return uuid.uuid5(_NAMESPACE, str(number))
+    """Return the id of the simulated agent with this number."""
+    return uuid.UUID(agent_uuid(agent_name(number)))
 
 
 def reports(
@@ -72,14 +78,14 @@ def reports(
 ) -> Iterator[Simulated]:
     """Yield the reports in the order in which they are due: every agent once per interval, evenly spread."""
     dice = random.Random(seed)  # noqa: S311  # made-up measurements, not secrets
-    ids = [agent_id(number) for number in range(agents)]
+    hosts = [agent_name(number) for number in range(1, agents + 1)]
     names = [*_KEYS[:keys], *(f"metric_{number}" for number in range(len(_KEYS), keys))]
     for tick in range(max(1, round(duration_seconds / interval_seconds))):
-        for number, identity in enumerate(ids):
+        for number, host in enumerate(hosts):
             due = (tick + number / agents) * interval_seconds
             values = [f"{dice.random() * 100:.1f}%" for _ in names]
             errors = ["" if dice.random() > 0.01 else "timed out" for _ in names]
-            yield Simulated(due, identity, names, values, errors)
+            yield Simulated(due, host, names, values, errors)
 
 
 def send_at_pace(
@@ -95,7 +101,7 @@ def send_at_pace(
         if ahead > 0.002:  # shorter sleeps overshoot
             time.sleep(ahead)
         collected_at = datetime.now(UTC)
-        if producer.add(report.agent_id, report.keys, report.values, report.errors, collected_at):
+        if producer.add(report.name, report.keys, report.values, report.errors, collected_at):
             oracle.note(report, collected_at)
         else:
             oracle.dropped += 1

@@ -4,7 +4,7 @@ import json
 from datetime import UTC, datetime, timedelta
 
 from pipeline.local.demo_check import Changes, Metrics
-from pipeline.local.simulate import Oracle, Simulated, agent_id, read_oracle
+from pipeline.local.simulate import Oracle, Simulated, agent_id, agent_name, read_oracle
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 
@@ -62,7 +62,7 @@ def test_role_that_does_not_answer_counts_as_no_metrics():
 def test_oracle_is_read_as_it_was_written(tmp_path):
     oracle = Oracle()
     identity = agent_id(1)
-    oracle.note(Simulated(0.0, identity, ["cpu", "disk"], ["1%", ""], ["", "timed out"]), T0)
+    oracle.note(Simulated(0.0, agent_name(1), ["cpu", "disk"], ["1%", ""], ["", "timed out"]), T0)
     oracle.write(tmp_path / "oracle")
     assert read_oracle(tmp_path / "oracle") == {
         (str(identity), "cpu"): ("1%", "", T0),
