@@ -14,10 +14,11 @@ import msgspec
 from msgspec import NODEFAULT, UNSET
 
 from pipeline.core.report import Entry, Report, Timestamp
-from pipeline.core.values import MAX_VALUE_BYTES, as_text, utf8_length
 from pipeline.errors import DecodeError
 from pipeline.formats.mapping.config import MappingConfig
+from pipeline.formats.mapping.fields import fields_and_head
 from pipeline.formats.mapping.structs import (
+    HEAD,
     NoFastWay,
     Slot,
     getter,
@@ -26,6 +27,7 @@ from pipeline.formats.mapping.structs import (
     make_struct,
     steps_of,
 )
+from pipeline.formats.mapping.texts import id_text, text_of, value_text
 from pipeline.formats.mapping.times import time_reader
 
 _Parse = Callable[[bytes], Report]
@@ -33,7 +35,6 @@ _Parse = Callable[[bytes], Report]
 _REPORT: Final = {"agent_id": "", "entries": None, "collected_at": None}
 _ENTRY: Final = {"key": "", "value": "", "error": "", "collected_at": None}
 _Id = Annotated[str, msgspec.Meta(min_length=1)] | int
-_encode: Final = msgspec.json.Encoder().encode
 
 
 def compile_parser(config: MappingConfig) -> _Parse | None:
@@ -108,9 +109,9 @@ class _Compiler:
             for entry in report.entries:
                 value = entry.value
                 if value.__class__ is not str:
-                    entry.value = _value(value, entry)
+                    entry.value = value_text(value, entry)
                 if has_error and entry.error.__class__ is not str:
-                    entry.error = _text(entry.error)
+                    entry.error = text_of(entry.error)
             return report  # type: ignore[no-any-return]  # a struct with a report's fields
 
         def set_rare(report: Any) -> None:
@@ -133,6 +134,9 @@ class _Compiler:
         slot = Slot("entries", steps, dict[str, Any])
         decode, places, set_head = self._head([slot], steps)
         fields_of = None if places["entries"] == "entries" else getter(slot, places)
+        if parent := self._parent_of_head(places):
+            head_of = None if parent == HEAD else attrgetter(parent)
+            return fields_and_head(decode, head_of, fields_of, left_out, has_time="collected_at" in places)
 
         def parse(raw: bytes) -> Report:
             report = decode(raw)
@@ -146,10 +150,18 @@ class _Compiler:
                     fields.pop(name, None)
             report.entries = entries = []
             for key, value in fields.items():
-                entries.append(Entry(key, value if value.__class__ is str else _text(value)))
+                entries.append(Entry(key, value if value.__class__ is str else text_of(value)))
             return report  # type: ignore[no-any-return]  # a struct with a report's fields
 
         return parse
+
+    def _parent_of_head(self, places: dict[str, str]) -> str | None:
+        """Return where the object is that holds the id, a single one, and the time, a moment, if there is one."""
+        parent = places.get("agent_id", "").rpartition(".")[0]
+        if self._config.time not in (None, "record:timestamp"):  # else each report has the record's
+            is_beside = places.get("collected_at") == f"{parent}.collected_at"
+            return parent if is_beside and self._is_rfc3339 else None
+        return parent
 
     def _root_fields(self) -> _Parse:
         """Entries are all fields of the record's value but some."""
@@ -165,7 +177,7 @@ class _Compiler:
             for name in left_out:
                 fields.pop(name, None)
             for key, value in fields.items():
-                report.entries.append(Entry(key, value if value.__class__ is str else _text(value)))
+                report.entries.append(Entry(key, value if value.__class__ is str else text_of(value)))
             return report
 
         return parse
@@ -188,7 +200,7 @@ class _Compiler:
                 for key, get in getters:
                     value = get(report)
                     if value is not UNSET:
-                        entries.append(Entry(key, value if value.__class__ is str else _text(value)))
+                        entries.append(Entry(key, value if value.__class__ is str else text_of(value)))
             except AttributeError:
                 raise DecodeError("the object with the entries is missing") from None
             return report  # type: ignore[no-any-return]  # a struct with a report's fields
@@ -212,9 +224,9 @@ class _Compiler:
             value = get_value(report)
             entry = Entry(get_key(report), value)
             if get_error is not None:
-                entry.error = _text(get_error(report))
+                entry.error = text_of(get_error(report))
             if value.__class__ is not str:
-                entry.value = _value(value, entry)
+                entry.value = value_text(value, entry)
             report.entries = [entry] if keep is None or keep(entry.key) else []
             return report  # type: ignore[no-any-return]  # a struct with a report's fields
 
@@ -258,38 +270,10 @@ class _Compiler:
                 agent_id = get_id(fields if id_is_inside else report)
             else:
                 found = [get(fields if is_inside else report) for is_inside, get in id_getters]
-                agent_id = separator.join([_id_text(part) for part in found])
-            report.agent_id = agent_id if agent_id.__class__ is str and agent_id else _id_text(agent_id)
+                agent_id = separator.join([id_text(part) for part in found])
+            report.agent_id = agent_id if agent_id.__class__ is str and agent_id else id_text(agent_id)
             if get_time is not None:
                 moment = get_time(fields if time_is_inside else report)
                 report.collected_at = moment if is_moment or moment is None else read_time(moment)
 
         return _Head(decode, places, set_head)
-
-
-def _id_text(part: object) -> str:
-    if part.__class__ is int:
-        return str(part)
-    if part.__class__ is not str or not part:
-        raise DecodeError("an id that is not plain")
-    return part
-
-
-def _value(value: Any, entry: Any) -> str:
-    """Return a value that is no text as text; one that is missing is empty beside an error."""
-    return "" if value is UNSET and entry.error else _text(value)
-
-
-def _text(value: Any) -> str:
-    """Return what is no text as text.
-
-    Raises:
-        DecodeError: it is missing, or its text is over the limit.
-    """
-    kind = value.__class__
-    if kind is float or kind is int:
-        return _encode(value).decode()  # as as_text() does
-    text = as_text(value)
-    if utf8_length(text) > MAX_VALUE_BYTES:
-        raise DecodeError("a value over the limit")
-    return text

@@ -12,6 +12,7 @@ from msgspec import NODEFAULT
 from pipeline.formats.mapping.paths import Missing, Path
 
 Get = Callable[[Any], Any]
+HEAD: Final = "head"  # the struct's field that holds the agent's id
 # Begins the names in JSON of fields that nothing is decoded into; a record that has such a name achieves nothing.
 _UNNAMED: Final = "\ue000"
 
@@ -115,7 +116,7 @@ def make_struct(
             name = places[slot.name] = slot.name
             fields.append((name, slot.type, slot.default))
         else:
-            name = f"at{number}"
+            name = HEAD if any(slot.name == "agent_id" for slot in group) else f"at{number}"
             inner, inner_places = make_struct(group, {}, depth + 1)
             is_optional = all(slot.default is not NODEFAULT for slot in group)
             fields.append((name, inner | None, None) if is_optional else (name, inner, NODEFAULT))

@@ -1,0 +1,39 @@
+"""The fast way for the usual record, which is worth a parser of its own: it takes three quarters of the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.core.report import Entry, Report
+from pipeline.formats.mapping.texts import text_of
+
+
+def fields_and_head(
+    decode: Callable[[bytes], Any],
+    head_of: Callable[[Any], Any] | None,
+    fields_of: Callable[[Any], Any] | None,
+    left_out: tuple[str, ...],
+    *,
+    has_time: bool,
+) -> Callable[[bytes], Report]:
+    """Return the parser of records with an object that holds the id, and perhaps the time, and one with the entries.
+
+    `head_of` and `fields_of` take these from what `decode` returns; None: they are its `head` and its `entries`.
+    """
+
+    def parse(raw: bytes) -> Report:
+        record = decode(raw)
+        fields = record.entries if fields_of is None else fields_of(record)
+        if left_out:
+            for name in left_out:
+                fields.pop(name, None)
+        entries = []
+        for key, value in fields.items():
+            entries.append(Entry(key, value if value.__class__ is str else text_of(value)))
+        head = record.head if head_of is None else head_of(record)
+        agent_id = head.agent_id
+        moment = head.collected_at if has_time else None
+        return Report(agent_id if agent_id.__class__ is str else str(agent_id), entries, moment)
+
+    return parse
