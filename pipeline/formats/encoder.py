@@ -50,5 +50,6 @@ def report_encoder(
         )
     kind, schema, write, indexes = _FRAMED[report_format]
     text = (data_dir("topics") / schema).read_text(encoding="utf-8")
-    prefix = frame(SchemaRegistry(schema_registry).register(f"{topic}-value", kind, text), indexes)
+    with SchemaRegistry(schema_registry) as registry:
+        prefix = frame(registry.register(f"{topic}-value", kind, text), indexes)
     return lambda report: prefix + write(report)

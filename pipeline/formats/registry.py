@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
-from typing import Any, Final, Literal, NamedTuple, NoReturn, cast
+from typing import Any, Final, Literal, NamedTuple, NoReturn, Self, cast
 from urllib.parse import urlsplit
 
 from pipeline.certificates import certificate_complaint
@@ -135,6 +135,12 @@ class SchemaRegistry:
                     f"our schema is not registered under the subject {subject} of {self._place}: register it, or let "
                     f"{AUTO_REGISTER} be true"
                 ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
 
     def _add_references(self, schema: Any, found: dict[str, str]) -> None:
         for reference in schema.references or ():
