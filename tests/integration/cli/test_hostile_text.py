@@ -11,7 +11,6 @@ import re
 import select
 import subprocess
 import time
-import uuid
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -28,7 +27,8 @@ HOSTILE = "é\x1b]0;title\x07\x1b[31m\u202e\u2066\u200f\x9b31m\r\nforged [red]:r
 ESCAPED = r"é\x1b]0;title\x07\x1b[31m\u202e\u2066\u200f\x9b31m\r\nforged [red]:rocket:[/]"
 KEY = "k\x1b[31m\u202e"
 REFUSED = "refused\x1b[31m\u202e"
-AGENT = uuid.UUID("0b7c1e1c-3a54-4be5-9f0e-2a8f7b1ac009")
+AGENT = "host\x1b[31m\u202e\nforged [red]"
+ESCAPED_AGENT = r"host\x1b[31m\u202e\nforged [red]"
 
 
 class Pipeline(NamedTuple):
@@ -114,7 +114,7 @@ async def drop(deployment: Deployment, live: str) -> None:
 
 def report(key: str, value: str, error: str) -> bytes:
     entry = {"key": key, "value": value, "error": error}
-    return json.dumps({"agent_id": str(AGENT), "entries": [entry]}).encode()
+    return json.dumps({"agent_id": AGENT, "entries": [entry]}).encode()
 
 
 def send(deployment: Deployment, topic: str, value: bytes, *, headers: list[tuple[str, bytes]]) -> None:
@@ -132,6 +132,7 @@ def test_sink_logs_the_row_that_is_refused_escaped(pipeline):
 def test_watch_shows_hostile_rows_escaped_on_a_terminal(pipeline):
     shown = on_a_terminal(pipeline.deployment.command("watch"), pipeline.deployment.environment, until=r"\r\nforged")
     assert r"\x1b]0;title\x07\x1b[31m\u202e\u2066\u200f\x9b31m\r\nforged [red]:rocket:[/]" in shown
+    assert ESCAPED_AGENT in shown
     assert KEY not in shown
     hidden = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]", "", shown)  # rich's own: colours, the cursor
     assert hidden.isprintable(), ascii(hidden)
@@ -157,28 +158,33 @@ def test_watch_as_json_is_json_in_ascii(pipeline):
         line = process.stdout.readline()
         process.kill()
     assert line.rstrip("\n").isprintable()
-    assert json.loads(line)["value"] == HOSTILE
+    change = json.loads(line)
+    assert (change["name"], change["value"]) == (AGENT, HOSTILE)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_why_shows_values_and_the_dead_letter_escaped(pipeline, encoding):
-    text = "\n".join(pipeline.run("why", str(AGENT), REFUSED, encoding=encoding))
+    text = "\n".join(pipeline.run("why", AGENT, REFUSED, encoding=encoding))
+    assert f"agent:       {ESCAPED_AGENT}" in text
     assert r"dead_letter:" in text
     assert ESCAPED.replace("é", "é" if encoding == "utf-8" else r"\xe9") in text
-    assert r"\x1b]0;title\x07" in "\n".join(pipeline.run("why", str(AGENT), KEY))
+    assert r"\x1b]0;title\x07" in "\n".join(pipeline.run("why", AGENT, KEY))
 
 
 def test_why_of_a_key_that_is_no_text_is_no_traceback(pipeline):
-    pipeline.run("why", str(AGENT), "\udcff")
+    pipeline.run("why", AGENT, "\udcff")
 
 
 def test_status_obeys_nothing(pipeline):
-    assert "dead letters    4" in pipeline.run("status")
+    lines = pipeline.run("status", "--stale-after", "0")
+    assert "dead letters    4" in lines
+    assert any(line.startswith(f"  fell silent   {ESCAPED_AGENT}, ") for line in lines)
 
 
 def test_dead_letter_list_shows_reason_stage_and_key_escaped(pipeline):
     lines = pipeline.run("dead-letter", "list", encoding="utf-8")
     assert lines[-1] == "4 dead letters"
+    assert any(f"  sink  {ESCAPED_AGENT}  " in line for line in lines)
     assert lines[-2].count(ESCAPED) >= 2
 
 
@@ -207,15 +213,15 @@ def test_shadow_diff_shows_keys_and_values_escaped(pipeline):
 @pytest.mark.parametrize(
     "command",
     [
-        ("why", str(AGENT), KEY),
-        ("why", str(AGENT), REFUSED),
+        ("why", AGENT, KEY),
+        ("why", AGENT, REFUSED),
         ("status",),
         ("dead-letter", "list"),
         ("dead-letter", "show", "0:0"),
         ("dead-letter", "redrive", "--all", "--dry-run"),
         ("shadow", "diff", "--live", "LIVE", "--settle", "0"),
     ],
-    ids=lambda command: " ".join(command[:2]),
+    ids=lambda command: " ".join(part for part in command[:2] if part != AGENT),
 )
 def test_json_is_valid_and_ascii(pipeline, command):
     arguments = [pipeline.live if part == "LIVE" else part for part in command]
