@@ -413,7 +413,7 @@ def test_usual_mappings_have_a_fast_way(config):
 
 
 def test_record_becomes_the_same_whether_its_agent_is_known_or_not():
-    """What the mapping does not name may be no JSON: the fast way skips it, and then the careful way must not refuse."""
+    """What the mapping does not name may be no JSON: the fast way skips it, and the careful way must not refuse it."""
     raw = b'{"source": "a", "ignored": "\xff", "more": 1e999, "data": {"k": 1}}'
     decoder = EventsDecoder(None, mapping(id="source", entries="data"))
     window = OpenWindow(0, capacity=9, max_clock_skew=timedelta(0), decoder=decoder)
