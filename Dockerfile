@@ -7,7 +7,7 @@ COPY topics topics
 COPY sql sql
 COPY pipeline pipeline
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/agent-metadata/bin/pip install --quiet -c constraints.txt '.[serve]' \
+    /opt/agent-metadata/bin/pip install --quiet -c constraints.txt '.[serve,formats]' \
     && /opt/agent-metadata/bin/pip uninstall --quiet --yes pip
 
 FROM python:3.12-slim

@@ -21,7 +21,7 @@ from bench.worker import ours
 from pipeline.core.report import Report
 from pipeline.formats.encoder import ReportFormat, report_encoder
 
-ENTRIES = 2_000_000
+ENTRIES = 1_000_000
 RUNS = 5
 MAPPING: Final = {"id": "device.id", "time": "device.at", "entries": "readings"}
 _REGISTERED: Final[tuple[ReportFormat, ...]] = ("avro", "protobuf", "json_schema")
