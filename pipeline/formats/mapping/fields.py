@@ -14,26 +14,25 @@ def fields_and_head(
     head_of: Callable[[Any], Any] | None,
     fields_of: Callable[[Any], Any] | None,
     left_out: tuple[str, ...],
-    *,
-    has_time: bool,
 ) -> Callable[[bytes], Report]:
     """Return the parser of records with an object that holds the id, and perhaps the time, and one with the entries.
 
-    `head_of` and `fields_of` take these from what `decode` returns; None: they are its `head` and its `entries`.
+    `head_of` and `fields_of` take these from what `decode` returns; None: they are its `head` and its `entries`. The
+    first serves as the report.
     """
 
     def parse(raw: bytes) -> Report:
         record = decode(raw)
+        report = record.head if head_of is None else head_of(record)
+        if report.agent_id.__class__ is not str:
+            report.agent_id = str(report.agent_id)
         fields = record.entries if fields_of is None else fields_of(record)
         if left_out:
             for name in left_out:
                 fields.pop(name, None)
-        entries = []
+        report.entries = entries = []
         for key, value in fields.items():
             entries.append(Entry(key, value if value.__class__ is str else text_of(value)))
-        head = record.head if head_of is None else head_of(record)
-        agent_id = head.agent_id
-        moment = head.collected_at if has_time else None
-        return Report(agent_id if agent_id.__class__ is str else str(agent_id), entries, moment)
+        return report  # type: ignore[no-any-return]  # a struct with a report's fields
 
     return parse

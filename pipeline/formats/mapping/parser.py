@@ -136,7 +136,7 @@ class _Compiler:
         fields_of = None if places["entries"] == "entries" else getter(slot, places)
         if parent := self._parent_of_head(places):
             head_of = None if parent == HEAD else attrgetter(parent)
-            return fields_and_head(decode, head_of, fields_of, left_out, has_time="collected_at" in places)
+            return fields_and_head(decode, head_of, fields_of, left_out)
 
         def parse(raw: bytes) -> Report:
             report = decode(raw)

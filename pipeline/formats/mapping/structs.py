@@ -101,7 +101,8 @@ def make_struct(
 ) -> tuple[type[msgspec.Struct], dict[str, str]]:
     """Make a struct of these fields, nested as their steps say; return it, and where each is, as attrgetter() says it.
 
-    At the top, what has one step gets the slot's name; of `virtual`, what is missing is added, with its default.
+    A field gets its slot's name. At the top, and where the agent's id is, what is missing of `virtual` is added, with
+    its default: either may serve as the report.
     """
     groups: dict[str, list[Slot]] = {}
     for slot in slots:
@@ -117,7 +118,7 @@ def make_struct(
             fields.append((name, slot.type, slot.default))
         else:
             name = HEAD if any(slot.name == "agent_id" for slot in group) else f"at{number}"
-            inner, inner_places = make_struct(group, {}, depth + 1)
+            inner, inner_places = make_struct(group, virtual if name == HEAD else {}, depth + 1)
             is_optional = all(slot.default is not NODEFAULT for slot in group)
             fields.append((name, inner | None, None) if is_optional else (name, inner, NODEFAULT))
             places.update({slot: f"{name}.{place}" for slot, place in inner_places.items()})
