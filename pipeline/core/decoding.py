@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pipeline.core.record import Record
-from pipeline.core.report import AgentIds, AnyReport, Report, parse_any_report, parse_report, read_report
+from pipeline.core.report import PARSE_ERRORS, AgentIds, AnyReport, Report, parse_any_report, parse_report, read_report
+from pipeline.errors import DecodeError
 
 if TYPE_CHECKING:
     from pipeline.core.window import OpenWindow
 
 # A schema's number in its registry, or its GUID.
 SchemaId = int | str
+# What RecordDecoder.parse raises for a record that is not plain.
+NOT_PLAIN: Final = (*PARSE_ERRORS, KeyError, DecodeError)
 
 
 class SchemaNeeded(Exception):
@@ -36,10 +39,10 @@ class Decoded(NamedTuple):
 class RecordDecoder:
     """Decodes the records of one partition, and knows its agents by their spellings; for one thread at a time.
 
-    `parse(value)` is the fast way, by the record's value alone. It raises one of PARSE_ERRORS or DecodeError for any
-    record that is not plain, about which `decode` decides. What it returns is within the limits wherever the value has
-    at most SHORT_BYTES and no backslash, and holds little more text than the value has bytes. `decode` may change
-    `parse` for one that fits the records to come, until `reset`.
+    `parse(value)` is the fast way, by the record's value alone. It raises one of NOT_PLAIN for any record that is not
+    plain, about which `decode` decides. What it returns is within the limits wherever the value has at most SHORT_BYTES
+    and no backslash, and holds little more text than the value has bytes. `decode` may change `parse` for one that fits
+    the records to come, until `reset`.
     """
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
@@ -28,6 +29,8 @@ MAX_TIMESTAMP_US: Final = 253_402_300_799_999_999
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # Spellings of agent ids to remember; at about 200 bytes each, 20 MB.
 MAX_KNOWN_AGENTS: Final = 100_000
+# Python's own UUID() takes more for one: dashes anywhere, underscores, digits of other scripts. Those are names.
+_UUID: Final = re.compile(r"(urn:uuid:)?\{?[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}\}?")
 BACKSLASH: Final = ord("\\")
 # A record this short and without escapes is within the limits: JSON is never shorter than what it encodes, and NUL
 # can't be written without an escape. Only the keys' length in characters is left to check.
@@ -104,10 +107,9 @@ def _as_texts(report: AnyReport) -> AnyReport:
         report.agent_id = str(report.agent_id)
     try:
         for entry in report.entries:
-            if entry.value.__class__ is not str:
-                entry.value = as_text(entry.value)
-            if entry.error.__class__ is not str:
-                entry.error = as_text(entry.error)
+            if entry.value.__class__ is not str or entry.error.__class__ is not str:
+                # Limited here, as the text may be longer than what it was made of: 1e15 becomes 1000000000000000.0.
+                entry.value, entry.error = limit_value(as_text(entry.value), as_text(entry.error))
     except ValueError as error:  # a number of thousands of digits
         raise TypeError(str(error)) from None
     return report
@@ -147,13 +149,11 @@ def identify(text: str) -> tuple[str, str | None]:
     Raises:
         DecodeError: as agent_uuid.
     """
-    try:
+    if not 0 < len(text) <= MAX_AGENT_CHARS:
+        raise DecodeError(f"agent_id has {len(text)} characters; it must have 1 to {MAX_AGENT_CHARS}: {text[:64]!r}")
+    if _UUID.fullmatch(text):
         return str(uuid.UUID(text)), None
-    except ValueError:
-        pass
     name = storable(text)
-    if not 0 < len(name) <= MAX_AGENT_CHARS:
-        raise DecodeError(f"agent_id has {len(name)} characters; it must have 1 to {MAX_AGENT_CHARS}: {name[:64]!r}")
     return str(uuid.uuid5(AGENT_NAMESPACE, name)), name
 
 

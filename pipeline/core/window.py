@@ -8,11 +8,10 @@ from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 from pipeline.core.batch import Reason, Row
-from pipeline.core.decoding import RecordDecoder, SchemaId, SchemaNeeded
+from pipeline.core.decoding import NOT_PLAIN, RecordDecoder, SchemaId, SchemaNeeded
 from pipeline.core.record import BelievedTimes, Record, Rejected, RejectedKind
 from pipeline.core.report import (
     BACKSLASH,
-    PARSE_ERRORS,
     SHORT_BYTES,
     Entry,
     Report,
@@ -28,8 +27,6 @@ UNLIMITED: Final = sys.maxsize
 _UNMEASURED_BYTES: Final = 512
 _UNMEASURED_ENTRY_BYTES: Final = 128  # of JSON
 _UNMEASURED_TEXT_BYTES: Final = 256  # in memory, where three empty texts take 150
-# What sends a record from the fast path to the careful one: it is not plain, or its agent is new.
-_UNCOMMON: Final = (*PARSE_ERRORS, KeyError, DecodeError)
 _Held = dict[str, tuple[datetime, Entry]]
 # Rejected records stay in memory until they are dead-lettered. Source: a topic's largest record by default.
 MAX_REJECTED_BYTES: Final = 1_000_000
@@ -139,7 +136,7 @@ class OpenWindow:
                 moment = report.collected_at
                 if moment is None or moment >= certain:
                     moment = believe(moment, record.timestamp)
-            except _UNCOMMON:
+            except NOT_PLAIN:  # or its agent is new
                 self.pairs, self.entries = pairs, count
                 capacity = self._fold_carefully(record)
                 if self.schema_needed is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final, NoReturn
 
-from pipeline.core.decoding import Decoded, RecordDecoder, SchemaId
+from pipeline.core.decoding import NOT_PLAIN, Decoded, RecordDecoder, SchemaId
 from pipeline.core.record import Record
 from pipeline.core.report import Report, apply_limits, convert_report, parse_any_report
 from pipeline.errors import DecodeError
@@ -68,12 +68,23 @@ class EventsDecoder(RecordDecoder):
 
     def decode(self, record: Record) -> Decoded:
         """Decode a record the careful way; see RecordDecoder."""
-        framed = None if record.value is None else split_frame(record.value, record.headers)
-        if framed is not None:
-            return self._decode_framed(record, *framed)
+        if record.value is not None and not self._is_plain_json(record.value):
+            framed = split_frame(record.value, record.headers)
+            if framed is not None:
+                return self._decode_framed(record, *framed)
         if self._mapping is None:
             return super().decode(record)
         return _limited(self._mapping.decode(record.value, record))
+
+    def _is_plain_json(self, value: bytes) -> bool:
+        """Tell whether a value is read as unframed JSON, whatever its headers say, as `parse` sees no headers."""
+        if not value.startswith(b"{"):
+            return False
+        parse = parse_any_report if self._mapping is None else self._mapping.parse
+        try:
+            return parse is not None and bool(parse(value))
+        except NOT_PLAIN:
+            return False
 
     def _decode_framed(self, record: Record, schema_id: SchemaId, payload: bytes) -> Decoded:
         if self._schemas is None:
@@ -94,12 +105,10 @@ class EventsDecoder(RecordDecoder):
             self._parse_prefixed(record.value, read_report)
         try:
             return _limited([read_report(payload)])
-        except DecodeError:
-            if read is not read_json:
-                raise
-        if is_prefixed:
-            self._parse_prefixed(record.value, parse_any_report)
-        return _limited([convert_report(read(payload))])
+        except DecodeError:  # not plain: values that are no text, another message of the schema
+            if is_prefixed and read is read_json:
+                self._parse_prefixed(record.value, parse_any_report)
+            return _limited([convert_report(read(payload))])
 
     def _decode_without_registry(self, record: Record, schema_id: SchemaId, payload: bytes) -> Decoded:
         """Read what is JSON behind its frame: it needs no schema to be read."""

@@ -12,12 +12,12 @@ from faust.types import TP
 
 from pipeline.clock import Clock
 from pipeline.core.batch import Reason
-from pipeline.core.decoding import RecordDecoder, SchemaId
+from pipeline.core.decoding import NOT_PLAIN, RecordDecoder, SchemaId
 from pipeline.core.record import Record
-from pipeline.core.report import PARSE_ERRORS, timestamp_us
+from pipeline.core.report import timestamp_us
 from pipeline.core.tumbling import TumblingWindows
 from pipeline.core.window import ClosedWindow, OpenWindow
-from pipeline.errors import DecodeError, ServiceUnavailable, TopicMismatch
+from pipeline.errors import ServiceUnavailable, TopicMismatch
 from pipeline.kafka.chunks import Chunk
 from pipeline.monitoring.lag import Position
 from pipeline.monitoring.metrics import WorkerMetrics
@@ -218,7 +218,7 @@ class SourcePartition:
         """Sample how old a report was when Kafka received it: one per chunk, as the fold has no time for more."""
         try:
             collected_at = self._decoder.parse(record.value or b"").collected_at
-        except (*PARSE_ERRORS, DecodeError):
+        except NOT_PLAIN:
             return
         if collected_at is not None:
             collected_at_s = timestamp_us(collected_at) / 1e6

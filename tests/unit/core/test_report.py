@@ -103,6 +103,31 @@ def test_agent_uuid_accepts_any_spelling_of_a_uuid():
     assert agent_uuid(AGENT.upper().replace("-", "")) == AGENT
 
 
+@pytest.mark.parametrize("spelling", [f"{{{AGENT}}}", f"urn:uuid:{AGENT}", AGENT.upper(), AGENT.replace("-", "")])
+def test_spellings_of_a_uuid_are_the_same_agent(spelling):
+    assert agent_uuid(spelling) == AGENT
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1234_5678_9abc_def0_1234_5678_9a",
+        "0x112233445566778899001122334455",
+        "\N{ARABIC-INDIC DIGIT ONE}" * 32,
+        "+1122334455667788990011223344556",
+        f"-{AGENT}",
+        "0011-2233445566778899aabbccddee-ff",
+    ],
+)
+def test_what_only_python_takes_for_a_uuid_is_a_name(name):
+    assert agent_uuid(name) == str(uuid.uuid5(AGENT_NAMESPACE, name))
+
+
+def test_uuid_among_thousands_of_dashes_is_no_agent():
+    with pytest.raises(DecodeError, match="characters"):
+        agent_uuid("-" * 900_000 + AGENT)
+
+
 def test_agent_uuid_of_a_name_is_its_uuid5_in_a_namespace_that_never_changes():
     """The literal is what rows hold already."""
     assert agent_uuid("host-17") == "a086788e-a15d-5b01-b250-93cdec4c3e67"
@@ -203,3 +228,10 @@ def test_decode_report_of_a_number_of_thousands_of_digits_is_text_or_refused():
     except DecodeError:
         return
     assert report.entries[0].error == "value of 5000 bytes exceeded 2048 bytes"
+
+
+def test_decode_report_cuts_a_text_that_is_longer_than_what_it_was_made_of():
+    numbers = ",".join(["1e15"] * 400)
+    report, _ = decode_report(raw(f'{{"key":"k","value":[{numbers}]}}'))
+    assert len(report.entries[0].value) == 2048
+    assert "exceeded 2048 bytes" in report.entries[0].error

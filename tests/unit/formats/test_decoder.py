@@ -4,12 +4,16 @@ import json
 import struct
 import uuid
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 import pytest
+from faust.types import TP
+from prometheus_client import CollectorRegistry
 
 from pipeline.core.decoding import SchemaNeeded, fold_loading
 from pipeline.core.record import KafkaRecord
 from pipeline.core.report import PARSE_ERRORS, Entry, Report, agent_uuid, encode_report
+from pipeline.core.tumbling import TumblingWindows
 from pipeline.core.window import OpenWindow
 from pipeline.data_files import data_dir
 from pipeline.errors import DecodeError
@@ -18,6 +22,9 @@ from pipeline.formats.mapping import MappingConfig, compile_mapping
 from pipeline.formats.registry import RegisteredSchema, UnknownSchema
 from pipeline.formats.reports import write_avro_report
 from pipeline.formats.schemas import Schemas
+from pipeline.monitoring.metrics import WorkerMetrics
+from pipeline.testing import ManualClock
+from pipeline.worker.partition import SourcePartition
 
 AGENT = str(uuid.UUID(int=1))
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
@@ -197,3 +204,55 @@ def test_record_that_the_mapping_does_not_fit_says_where():
     rows, (reason,) = fold(mapped(id="device.id", entries="data"), record(b'{"device":{},"data":{}}'))
     assert rows == {}
     assert "device.id" in reason
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+@pytest.mark.parametrize("schema_id", [AVRO, UNKNOWN])
+def test_plain_report_is_one_whatever_its_header_says_and_whether_its_agent_is_known(decoder, is_known, schema_id):
+    if is_known:
+        decoder.agent_ids.learn(AGENT)
+    header = ("__value_schema_id", struct.pack(">bI", 0, schema_id))
+    assert fold(decoder, record(encode_report(REPORT), headers=[header])) == (ROWS, [])
+    assert fold(decoder, record(encode_report(REPORT), headers=[("__value_schema_id", b"x")])) == (ROWS, [])
+
+
+@pytest.mark.parametrize("last", [b"", b"xx", None, encode_report(REPORT), framed(UNKNOWN, b"x")])
+async def test_worker_takes_a_chunk_of_framed_records_whatever_ends_it(decoder, last):
+    """The time of a chunk's last record is sampled by the fast way, which may not be made for that record."""
+    delivered = []
+
+    async def deliver(_number, closed):
+        delivered.append(closed)
+
+    partition = SourcePartition(
+        TP("events", 0),
+        consumer=Consumer(),
+        backlog_end=0,
+        decoder=decoder,
+        windows=TumblingWindows(5.0, 1, 1000, timedelta(60)),
+        clock=ManualClock(),
+        metrics=WorkerMetrics(CollectorRegistry()),
+        deliver=deliver,
+        on_failure=pytest.fail,
+    )
+    records = [record(framed(AVRO, write_avro_report(REPORT))), record(last, 1)]
+    await partition.take(Chunk(records))
+    await partition.finish("shutdown")
+    assert [(closed.first, closed.last) for closed in delivered] == [(0, 1)]
+    await partition.abandon()
+
+
+class Consumer:
+    """A partition without a commit."""
+
+    def committed_offset(self, _tp):
+        return None
+
+
+class Chunk(NamedTuple):
+    records: list
+    start: int = 0
+    next_offset: int = 2
+
+    def slices(self, _refuse):
+        return [self.records]
