@@ -114,7 +114,7 @@ def test_db_migrate_applies_once_and_status_exits_with_0_then(agent_metadata):
     assert agent_metadata("db", "migrate").stdout == "the database is up to date\n"
     status = agent_metadata("db", "status", "--json")
     assert status.returncode == 0
-    assert [item["changed"] for item in json.loads(status.stdout) if item["applied_at"]] == [False, False, False]
+    assert [item["changed"] for item in json.loads(status.stdout) if item["applied_at"]] == [False] * 4
 
 
 def test_produce_from_stdin_sends_good_lines_and_names_the_bad_one(agent_metadata, topics, environment):
@@ -348,6 +348,7 @@ def test_run_carries_a_report_from_stdin_to_a_watcher(environment, agent_metadat
         "value": "12%",
         "error": "",
         "collected_at": "2024-01-01T00:00:00+00:00",
+        "name": None,
     }
 
 
