@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Literal
 
 from pipeline.core.decoding import Decoded
-from pipeline.core.report import MAX_REPORT_KEYS_BYTES, Entry, Report, apply_limits, moment_from_us
+from pipeline.core.report import MAX_REPORT_KEYS_BYTES, Entry, Report, apply_limits, key_problem, moment_from_us
 from pipeline.core.values import as_text, utf8_length
 from pipeline.errors import DecodeError
 from pipeline.formats.otlp.config import OtlpConfig
@@ -40,34 +41,50 @@ class OtlpReader:
             raise DecodeError("the record has no value (a tombstone)")
         reports: list[Report] = []
         problem: str | None = None
+        refused: deque[str] = deque(maxlen=1)
         for item in self._read(raw).resource_metrics:
             agent_id = self._agent_id(item.resource.attributes)
             if agent_id is None:
                 problem = f"a resource without an id: it has none of the attributes {', '.join(self._ids)}"
                 continue
             entries = (
-                entry for scope in item.scope_metrics for metric in scope.metrics for entry in self._entries(metric)
+                entry
+                for scope in item.scope_metrics
+                for metric in scope.metrics
+                for entry in self._entries(metric, refused)
             )
             reports += _reports(agent_id, entries)
         if problem is not None and not reports:
             raise DecodeError(problem)
         for report in reports:
             problem = apply_limits(report) or problem
-        return Decoded(reports, problem)
+        return Decoded(reports, refused[0] if refused else problem)
 
     def _agent_id(self, attributes: Iterable[Any]) -> str | None:
         found = {attribute.key: attribute.value for attribute in attributes if attribute.key in self._ids}
         texts = (as_text(_plain(found[name])) for name in self._ids if name in found)
         return next((text for text in texts if text), None)
 
-    def _entries(self, metric: Any) -> Iterator[Entry]:
+    def _entries(self, metric: Any, refused: deque[str]) -> Iterator[Entry]:
+        """Make the entries whose keys the table can hold; add to `refused` why it can't hold the others.
+
+        All entries of a record are held at once, and each has a key of its own: without this check a long name with
+        many points would fill the memory.
+        """
         kind = metric.WhichOneof("data")
-        if kind is None:
+        points = () if kind is None else getattr(metric, kind).data_points
+        name = metric.name
+        if points and (problem := key_problem(name)) is not None:
+            refused.append(problem)
             return
-        for point in getattr(metric, kind).data_points:
+        for point in points:
+            key = self._key(name, point.attributes)
+            if (problem := key_problem(key)) is not None:
+                refused.append(problem)
+                continue
             moment = moment_from_us(point.time_unix_nano // 1000) if point.time_unix_nano else None
             value = "" if point.flags & NO_RECORDED_VALUE else _VALUES[kind](point)
-            yield Entry(self._key(metric.name, point.attributes), value, "", moment)
+            yield Entry(key, value, "", moment)
 
     def _key(self, name: str, attributes: Iterable[Any]) -> str:
         taken = [item for item in attributes if self._is_taken(item.key)]
@@ -77,11 +94,6 @@ class OtlpReader:
 
     def _is_taken(self, attribute: str) -> bool:
         return attribute not in self._exclude if self._include is None else attribute in self._include
-
-
-def otlp_reader(encoding: OtlpEncoding, config: OtlpConfig | None = None) -> Callable[[bytes | None], Decoded]:
-    """Return what decodes a Collector's records as the table [otlp] says; see OtlpReader."""
-    return OtlpReader(encoding, config).decode
 
 
 def _reports(agent_id: str, entries: Iterable[Entry]) -> Iterator[Report]:

@@ -1,6 +1,7 @@
 """Metrics of an OpenTelemetry Collector, in both of its encodings: resources are agents, metrics keys."""
 
 import json
+import tracemalloc
 from datetime import UTC, datetime
 
 import pytest
@@ -198,6 +199,38 @@ def test_resource_with_more_keys_than_a_report_may_have_becomes_several_reports(
     assert (len(reports), problem) == (4, None)
     assert sum(len(report.entries) for report in reports) == 200
     assert all(sum(len(entry.key) for entry in report.entries) <= MAX_REPORT_KEYS_BYTES for report in reports)
+
+
+def test_key_that_is_too_long_is_left_out_and_the_others_are_taken():
+    long_name = {"name": "n" * 128, "gauge": {"dataPoints": [point({"asInt": "1"}, a="1")] * 2}}
+    long_key = {"name": "m", "gauge": {"dataPoints": [point({"asInt": "1"}, a="x" * 123), point({"asInt": "2"})]}}
+    (report,), problem = decode(resource([LOAD, long_name], **HOST))
+    assert (list(values(report)), problem) == ([LOAD["name"]], f"key of 128 characters exceeds 127: {'n' * 32!r}...")
+    reports, problem = decode(resource([long_key, LOAD], **HOST), resource([LOAD], host_name="web-2"))
+    assert [list(values(report)) for report in reports] == [["m", LOAD["name"]], [LOAD["name"]]]
+    assert problem == f"key of 128 characters exceeds 127: {'m{a=' + 'x' * 28!r}..."
+
+
+def test_long_name_that_has_no_points_is_no_problem():
+    (report,), problem = decode(resource([LOAD, {"name": "n" * 128, "gauge": {"dataPoints": []}}], **HOST))
+    assert (list(values(report)), problem) == ([LOAD["name"]], None)
+
+
+@pytest.mark.parametrize("encoding", ["otlp_json", "otlp_proto"])
+def test_long_name_with_many_points_does_not_fill_the_memory(encoding):
+    metric = {"name": "n" * 50_000, "gauge": {"dataPoints": [{}] * 1000}}
+    raw = json.dumps({"resourceMetrics": [resource([metric], **HOST)]}).encode()
+    if encoding == "otlp_proto":
+        raw = json_format.Parse(raw, ExportMetricsServiceRequest()).SerializeToString()
+    reader = OtlpReader(encoding)
+    tracemalloc.start()
+    try:
+        _, problem = reader.decode(raw)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "exceeds 127" in problem
+    assert peak < 1_000_000
 
 
 @pytest.mark.parametrize(
