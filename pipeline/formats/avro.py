@@ -23,11 +23,13 @@ _MEANINGFUL: Final = frozenset(
     {"type", "fields", "items", "values", "symbols", "size", "logicalType", "precision", "scale"}
 )
 # Values that a byte of an array may stand for, and those that any record may have without bytes for each.
-_MOST_PER_BYTE: Final = 100
+_MOST_PER_BYTE: Final = 10
 _MOST_VALUES: Final = 10_000
-# fastavro's way to let a program convert what it has read: a logical type, which every `float` is given below.
+# Bytes of a decimal: 2,400 digits, which no value has room for. fastavro's time grows with their square.
+_MOST_DECIMAL_BYTES: Final = 1_000
+# fastavro's way to let a program convert what it has read: logical types, which floats and decimals are given below.
 _SHORTEST: Final = "agent-metadata-shortest"
-LOGICAL_READERS[f"float-{_SHORTEST}"] = lambda number, *_: shortest(number)
+_DECIMAL: Final = "agent-metadata-decimal"
 
 
 class AvroSchema:
@@ -45,9 +47,9 @@ class AvroSchema:
         named: dict[str, Any] = {}
         try:
             for reference in references:
-                parse_schema(_with_short_floats(json.loads(reference)), named)
+                parse_schema(_with_own_types(json.loads(reference)), named)
             raw = json.loads(text)
-            self._schema = parse_schema(_with_short_floats(raw), named)
+            self._schema = parse_schema(_with_own_types(raw), named)
             _Safety(named).check(self._schema)
             self.is_report = not references and _shape(raw) == _report_shape()
             """Whether its records are written just as those of topics/report.avsc."""
@@ -133,20 +135,33 @@ class _Safety:
         return self._known[name]
 
 
-def _with_short_floats(schema: Any) -> Any:
-    """Return a schema whose floats are read as numbers with as few digits as they need."""
+def _with_own_types(schema: Any) -> Any:
+    """Return a schema whose floats are read with as few digits as they need, and whose decimals with bounded effort."""
     if schema == "float":
         return {"type": "float", "logicalType": _SHORTEST}
     if isinstance(schema, list):
-        return [_with_short_floats(branch) for branch in schema]
+        return [_with_own_types(branch) for branch in schema]
     if not isinstance(schema, dict):
         return schema
-    changed = {name: _with_short_floats(schema[name]) for name in {"type", "items", "values"} & set(schema)}
+    changed = {name: _with_own_types(schema[name]) for name in {"type", "items", "values"} & set(schema)}
     if schema.get("type") == "float":
         changed = {"type": "float", "logicalType": _SHORTEST}
+    elif schema.get("type") in ("bytes", "fixed") and schema.get("logicalType") == "decimal":
+        changed["logicalType"] = _DECIMAL
     if isinstance(schema.get("fields"), list):
-        changed["fields"] = [{**field, "type": _with_short_floats(field["type"])} for field in schema["fields"]]
+        changed["fields"] = [{**field, "type": _with_own_types(field["type"])} for field in schema["fields"]]
     return {**schema, **changed}
+
+
+def _read_decimal(data: bytes, writer_schema: Any, _reader_schema: Any) -> object:
+    if len(data) > _MOST_DECIMAL_BYTES:
+        raise ValueError(f"a decimal of {len(data)} bytes exceeds {_MOST_DECIMAL_BYTES}")
+    return _read_short_decimal(data, writer_schema, None)
+
+
+_read_short_decimal: Final = LOGICAL_READERS["bytes-decimal"]
+LOGICAL_READERS[f"float-{_SHORTEST}"] = lambda number, *_: shortest(number)
+LOGICAL_READERS[f"bytes-{_DECIMAL}"] = LOGICAL_READERS[f"fixed-{_DECIMAL}"] = _read_decimal
 
 
 def _report_shape() -> object:

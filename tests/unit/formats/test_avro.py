@@ -19,6 +19,7 @@ from pipeline.formats.reports import read_avro_report, write_avro_report
 
 OWN = (Path(__file__).parents[3] / "topics" / "report.avsc").read_text()
 T0 = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+DECIMAL = {"type": "bytes", "logicalType": "decimal", "precision": 6, "scale": 2}
 LINKED = {"type": "record", "name": "Link", "fields": [{"name": "next", "type": ["null", "Link"]}]}
 
 
@@ -48,13 +49,14 @@ def test_record_is_a_dict_of_python_values():
         at=moment,
         day={"type": "int", "logicalType": "date"},
         price={"type": "bytes", "logicalType": "decimal", "precision": 6, "scale": 2},
+        cost={"type": "fixed", "name": "C", "size": 4, "logicalType": "decimal", "precision": 6, "scale": 1},
         id={"type": "string", "logicalType": "uuid"},
         kind={"type": "enum", "name": "K", "symbols": ["A", "B"]},
         tags={"type": "map", "values": "double"},
     )
     value = {
         "text": "t", "maybe": None, "at": T0.replace(microsecond=678000), "day": date(2026, 1, 2),
-        "price": Decimal("12.50"), "id": uuid.UUID(int=7), "kind": "B", "tags": {"a": 0.5},
+        "price": Decimal("12.50"), "cost": Decimal("-0.1"), "id": uuid.UUID(int=7), "kind": "B", "tags": {"a": 0.5},
     }  # fmt: skip
     assert read(schema, written(schema, value)) == value
 
@@ -89,6 +91,9 @@ HOSTILE = {
     "a time after 9999": ({"type": "long", "logicalType": "timestamp-micros"}, number(1 << 62)),
     "not UTF-8": ("string", b"\x02\xff"),
     "an array of 10^18 items": ({"type": "array", "items": "string"}, number(10**18)),
+    "a decimal of 2,000 bytes": (DECIMAL, number(2000) + b"\x7f" * 2000),
+    "a decimal of 2,000 bytes in a union": (["null", DECIMAL], number(1) + number(2000) + b"\x7f" * 2000),
+    "a decimal of 2,000 fixed bytes": ({**DECIMAL, "type": "fixed", "name": "F", "size": 2000}, b"\x7f" * 2000),
     "nothing": ("long", b""),
     "a byte too many": ("long", b"\x02\x02"),
 }  # fmt: skip
@@ -105,6 +110,7 @@ UNSAFE = {
     "itself, in an array": {**LINKED, "fields": [{"name": "all", "type": {"type": "array", "items": "Link"}}]},
     "items without bytes": {"type": "array", "items": "null"},
     "empty records": {"type": "array", "items": {"type": "record", "name": "E", "fields": []}},
+    "42 values for a byte": {"type": "array", "items": record(a="int", **{f"n{n}": "null" for n in range(40)})},
     "fixed of no bytes": {"type": "array", "items": {"type": "fixed", "name": "F", "size": 0}},
 }
 
