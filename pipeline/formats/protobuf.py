@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from google.protobuf.message import DecodeError as ProtobufError
 from google.protobuf.message_factory import GetMessageClass
 
 from pipeline.core.report import Report
-from pipeline.errors import DecodeError
+from pipeline.errors import DecodeError, ServiceUnavailable
 from pipeline.formats.framing import read_message_indexes
 from pipeline.formats.messages import converter
 from pipeline.formats.reports import protobuf_report_reader
@@ -29,6 +30,8 @@ _COMPILE_SECONDS: Final = 60.0
 _WELL_KNOWN: Final = re.compile(r"google/protobuf/[a-z_]+\.proto")
 # What protoc's libraries log besides its complaints.
 _NOTE: Final = re.compile(r"WARNING: All log messages|[IW]\d{4} ")
+# Of an import whose name no file can have, or that is the folder of another one.
+_BAD_NAME: Final = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 _BAD_BYTES: Final = (ProtobufError, UnicodeDecodeError)
 
 
@@ -40,6 +43,7 @@ class ProtobufSchema:
 
         Raises:
             DecodeError: it is no Protobuf schema, or imports what is not there.
+            ServiceUnavailable: this machine can't compile now: no schema is to blame, so try again.
         """
         files = _compile({**(references or {}), _MAIN: text})
         pool = DescriptorPool()
@@ -105,17 +109,29 @@ def _compile(files: dict[str, str]) -> list[FileDescriptorProto]:
     described = {name: _descriptor(name, text) for name, text in files.items()}
     if all(described.values()):
         return _with_well_known([file for file in described.values() if file is not None])
-    with tempfile.TemporaryDirectory(prefix="agent-metadata-protobuf-") as folder:
-        for name, text in files.items():
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
-                raise DecodeError(f"a Protobuf schema may not import {name!r}")
-            path = Path(folder, name)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-            except (OSError, UnicodeEncodeError) as error:
-                raise DecodeError(f"a Protobuf schema can't be compiled: {error}") from error
-        return list(FileDescriptorSet.FromString(_run_protoc(folder)).file)
+    try:
+        with tempfile.TemporaryDirectory(prefix="agent-metadata-protobuf-") as folder:
+            for name, text in files.items():
+                _write(folder, name, text)
+            return list(FileDescriptorSet.FromString(_run_protoc(folder)).file)
+    except OSError as error:
+        raise ServiceUnavailable(
+            f"a Protobuf schema can't be compiled on this machine now: {error}; the temporary folder "
+            "(TMPDIR) must be writable and have room, and there must be memory for another process"
+        ) from error
+
+
+def _write(folder: str, name: str, text: str) -> None:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+        raise DecodeError(f"a Protobuf schema may not import {name!r}")
+    path = Path(folder, name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except (OSError, UnicodeEncodeError) as error:
+        if isinstance(error, OSError) and error.errno not in _BAD_NAME:
+            raise
+        raise DecodeError(f"a Protobuf schema can't be compiled: {error}") from error
 
 
 def _run_protoc(folder: str) -> bytes:
@@ -126,7 +142,14 @@ def _run_protoc(folder: str) -> bytes:
     try:
         done = subprocess.run(command, capture_output=True, timeout=_COMPILE_SECONDS, check=False, cwd=folder)
     except subprocess.TimeoutExpired:
-        raise DecodeError(f"a Protobuf schema was not compiled within {_COMPILE_SECONDS:.0f} s") from None
+        raise ServiceUnavailable(
+            f"a Protobuf schema was not compiled within {_COMPILE_SECONDS:.0f} s: give this process more CPU"
+        ) from None
+    if done.returncode < 0:
+        raise ServiceUnavailable(
+            f"protoc was ended by signal {-done.returncode} while it compiled a Protobuf schema: give this process "
+            "more memory"
+        )
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").replace(f"{folder}/", "").splitlines()
         said = " ".join(line for line in lines if not _NOTE.match(line))

@@ -73,7 +73,7 @@ class Schemas:
         """Ask the registry for a schema, unless it is known; then reader() answers. Blocks.
 
         Raises:
-            ServiceUnavailable: the registry is away: hold, and load again.
+            ServiceUnavailable: the registry is away, or this machine can't compile a schema now: hold, and load again.
             ConfigError: the registry refuses this client, or is not there.
         """
         with self._loading:

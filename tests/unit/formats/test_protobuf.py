@@ -1,7 +1,10 @@
 """Protobuf: any message of a schema becomes plain values, and our own report a report."""
 
 import base64
+import errno
 import json
+import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +15,8 @@ from google.protobuf.json_format import Parse
 from google.protobuf.message_factory import GetMessageClass
 
 from pipeline.core.report import Entry, Report
-from pipeline.errors import DecodeError
+from pipeline.errors import DecodeError, ServiceUnavailable
+from pipeline.formats import protobuf as protobuf_module
 from pipeline.formats.protobuf import ProtobufSchema, _compile
 from pipeline.formats.reports import write_protobuf_report
 
@@ -112,6 +116,44 @@ def test_what_is_no_schema_is_refused_with_protocs_reason(text, reason):
 def test_import_never_leaves_its_folder(name):
     with pytest.raises(DecodeError, match="may not import"):
         ProtobufSchema('syntax = "proto3";', {name: COMMON})
+
+
+@pytest.mark.parametrize("names", [["a" * 300], ["a", "a/b"], ["a/b", "a"], ["a/b", "a/b/c"], ["."]])
+def test_import_that_no_file_can_be_is_refused(names):
+    with pytest.raises(DecodeError, match="can't be compiled"):
+        ProtobufSchema('syntax = "proto3";', dict.fromkeys(names, COMMON))
+
+
+def test_temporary_folder_that_is_missing_is_an_outage(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(ServiceUnavailable, match="must be writable"):
+        ProtobufSchema(OWN)
+    monkeypatch.undo()
+    assert ProtobufSchema(OWN).is_report
+
+
+def test_full_disk_is_an_outage(monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(ServiceUnavailable, match="No space left"):
+        ProtobufSchema(OWN)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [("exec sleep 9", "not compiled within"), ("kill -9 $$", "ended by signal 9"), ("no program", "No such file")],
+)
+def test_compiler_that_does_not_end_by_itself_is_an_outage(program, reason, monkeypatch, tmp_path):
+    compiler = tmp_path / "python"
+    if program != "no program":
+        compiler.write_text(f"#!/bin/sh\n{program}\n")
+        compiler.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(compiler))
+    monkeypatch.setattr(protobuf_module, "_COMPILE_SECONDS", 0.2)
+    with pytest.raises(ServiceUnavailable, match=reason):
+        ProtobufSchema(OWN)
 
 
 def test_schema_that_was_registered_compiled_is_read(foreign):

@@ -1,6 +1,7 @@
 """Schemas are asked for once, and whatever ids records carry, memory and requests stay bounded."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,16 @@ def test_outage_is_remembered_as_nothing(loaded):
     loaded.answer(1, '"string"')
     loaded.schemas.load(1)
     assert loaded.schemas.reader(1)(b"\x02a") == "a"
+
+
+def test_machine_that_can_not_compile_now_is_remembered_as_nothing(loaded, monkeypatch, tmp_path):
+    loaded.answer(1, (TOPICS / "report.proto").read_text(), "PROTOBUF")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(ServiceUnavailable):
+        loaded.schemas.load(1)
+    monkeypatch.undo()
+    loaded.schemas.load(1)
+    assert loaded.schemas.report_reader(1)(b"\0" + write_protobuf_report(REPORT)) == REPORT
 
 
 def test_ids_however_many_do_not_fill_the_memory(loaded, monkeypatch):
