@@ -11,10 +11,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from pipeline.core.report import Entry, Report, timestamp_us
+from pipeline.core.values import limit_value, storable
 from pipeline.errors import DecodeError
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 _MOST_BITS: Final = 63
 _ONE_BYTE: Final = [bytes([number]) for number in range(0x80)]
 _TRUNCATED: Final = "not a report in Avro: it ends too early"
@@ -137,9 +137,9 @@ def timestamp_moment(timestamp: Any) -> datetime:
 
 
 def _replace_nul(entry: Entry) -> None:
-    entry.key = entry.key.replace("\0", _REPLACEMENT)
-    entry.value = entry.value.replace("\0", _REPLACEMENT)
-    entry.error = entry.error.replace("\0", _REPLACEMENT)
+    """Replace NUL by U+FFFD, of three bytes, by which the text of a short payload may exceed its limit."""
+    entry.key = storable(entry.key)
+    entry.value, entry.error = limit_value(entry.value, entry.error)
 
 
 def _read_long(data: bytes, position: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fastavro import parse_schema, schemaless_reader, schemaless_writer
 
-from pipeline.core.report import Entry, Report
+from pipeline.core.report import SHORT_BYTES, Entry, Report, apply_limits
 from pipeline.errors import DecodeError
 from pipeline.formats.avro import AvroSchema
 from pipeline.formats.reports import read_avro_report, write_avro_report
@@ -174,6 +174,18 @@ def test_report_in_blocks_that_say_their_sizes_is_read():
 def test_nul_in_a_report_becomes_a_replacement_character():
     report = Report("a", [Entry("k\0", "v\0", "e\0")])
     assert read_avro_report(write_avro_report(report)) == Report("a", [Entry("k\ufffd", "v\ufffd", "e\ufffd")])
+
+
+@pytest.mark.parametrize(
+    "report", [Report("a", [Entry("k", "\0" * 1000)]), Report("a", [Entry("\0", "v", "\0" * 1000)])]
+)
+def test_nul_in_a_short_report_is_limited_as_anywhere(report):
+    payload = write_avro_report(report)
+    assert len(payload) <= SHORT_BYTES  # nothing checks it after the reader
+    read = read_avro_report(payload)
+    apply_limits(report)
+    assert read == report
+    assert "of 3000 bytes exceeded 2048 bytes" in read.entries[0].error
 
 
 def test_every_truncation_of_a_report_is_refused():

@@ -14,7 +14,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.json_format import Parse
 from google.protobuf.message_factory import GetMessageClass
 
-from pipeline.core.report import Entry, Report
+from pipeline.core.report import SHORT_BYTES, Entry, Report, apply_limits
 from pipeline.errors import DecodeError, ServiceUnavailable
 from pipeline.formats import protobuf as protobuf_module
 from pipeline.formats.protobuf import ProtobufSchema, _compile
@@ -193,6 +193,18 @@ def test_report_is_written_as_google_writes_it(own):
 def test_nul_in_a_report_becomes_a_replacement_character(own):
     report = own.read_report(b"\0" + write_protobuf_report(Report("a", [Entry("k\0", "v\0", "e\0")])))
     assert report.entries == [Entry("k\ufffd", "v\ufffd", "e\ufffd")]
+
+
+@pytest.mark.parametrize(
+    "report", [Report("a", [Entry("k", "\0" * 1000)]), Report("a", [Entry("\0", "v", "\0" * 1000)])]
+)
+def test_nul_in_a_short_report_is_limited_as_anywhere(own, report):
+    payload = write_protobuf_report(report)
+    assert len(payload) <= SHORT_BYTES  # nothing checks it after the reader
+    read = own.read_report(b"\0" + payload)
+    apply_limits(report)
+    assert read == report
+    assert "of 3000 bytes exceeded 2048 bytes" in read.entries[0].error
 
 
 def test_time_that_is_out_of_range_is_refused(own):
