@@ -84,7 +84,8 @@ class SchemaRegistry:
             UnknownSchema: the registry has none of this id, or lacks one that it refers to.
             DecodeError: it is of a kind that can't be read.
             ServiceUnavailable: the registry can't be reached, is busy, or does not answer as a registry does.
-            ConfigError: it refuses this client, its certificate is refused, or no registry is at this URL.
+            ConfigError: it refuses this client or the request, its certificate is refused, or no registry is at this
+                URL.
         """
         if isinstance(schema_id, int) and schema_id > _LARGEST_ID:
             raise UnknownSchema(f"no schema registry has a schema {schema_id}: ids end at {_LARGEST_ID}")
@@ -168,10 +169,16 @@ class SchemaRegistry:
             raise ServiceUnavailable(
                 f"the schema registry at {self._place} is unavailable (HTTP {code}: {_said(error)})"
             ) from error
-        if code == 404 and getattr(error, "error_code", None) not in _NOT_FOUND:
-            self._require_registry()
-        elif code < 400:
+        is_unknown = getattr(error, "error_code", None) in _NOT_FOUND
+        if code < 400:
             raise ConfigError(f"{self._place} redirects (HTTP {code}): set the URL that it redirects to") from error
+        if code != 404 and not is_unknown:
+            raise ConfigError(
+                f"{self._place} refuses a request for {wanted} (HTTP {code}: {_said(error)}): check {URL}, the "
+                "client certificate, and any proxy in between"
+            ) from error
+        if not is_unknown:
+            self._require_registry()
         raise UnknownSchema(f"the schema registry has no {wanted} (HTTP {code}: {_said(error)})") from error
 
     def _require_registry(self) -> None:

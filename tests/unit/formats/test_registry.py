@@ -88,7 +88,10 @@ ANSWERS = {
     "a page": (200, "<html>Welcome</html>", ServiceUnavailable, "does not answer as a schema registry does"),
     "a list": (200, [1], ServiceUnavailable, "does not answer as a schema registry does"),
     "nothing": (200, "", ServiceUnavailable, "does not answer as a schema registry does"),
-    "422": (422, {"error_code": 42201, "message": "bad id"}, UnknownSchema, "bad id"),
+    "no certificate": (400, "<html>No required SSL certificate was sent</html>", ConfigError, "client certificate"),
+    "405": (405, "", ConfigError, "any proxy in between"),
+    "422": (422, {"error_code": 42201, "message": "bad id"}, ConfigError, "bad id"),
+    "400 of no such schema": (400, {"error_code": 40403, "message": "not here"}, UnknownSchema, "not here"),
 }
 
 
