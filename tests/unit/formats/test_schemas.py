@@ -12,7 +12,7 @@ from pipeline.errors import DecodeError, ServiceUnavailable
 from pipeline.formats import schemas as schemas_module
 from pipeline.formats.registry import SchemaRegistry
 from pipeline.formats.reports import write_avro_report, write_protobuf_report
-from pipeline.formats.schemas import UNKNOWN_SECONDS, Schemas, read_json
+from pipeline.formats.schemas import UNKNOWN_AT_ONCE, UNKNOWN_SECONDS, Schemas, read_json
 from tests.support.stub_registry import StubRegistry
 
 TOPICS = Path(__file__).parents[3] / "topics"
@@ -64,23 +64,56 @@ def test_unknown_id_is_refused_and_asked_for_again_after_a_minute(loaded):
     assert loaded.schemas.reader(7)(b"\x02a") == "a"
 
 
-def test_schema_that_can_not_be_read_is_refused_for_good(loaded):
+def test_schema_that_can_not_be_read_is_refused_for_a_minute(loaded):
     loaded.answer(1, "nonsense")
     loaded.answer(2, "nonsense", "PROTOBUF")
     loaded.answer(3, "x", "XML")
     for schema_id in (1, 2, 3):
-        loaded.schemas.load(schema_id)
-        loaded.time += UNKNOWN_SECONDS
-        with pytest.raises(DecodeError, match=f"schema {schema_id}"):
-            loaded.schemas.reader(schema_id)
-        loaded.schemas.load(schema_id)
+        for _ in range(3):
+            loaded.schemas.load(schema_id)
+            with pytest.raises(DecodeError, match=f"schema {schema_id}"):
+                loaded.schemas.reader(schema_id)
         assert loaded.asked(schema_id) == 1
+    loaded.time += UNKNOWN_SECONDS
+    loaded.answer(2, (TOPICS / "report.proto").read_text(), "PROTOBUF")  # as if what it imports had come
+    with pytest.raises(SchemaNeeded):
+        loaded.schemas.reader(2)
+    loaded.schemas.load(2)
+    assert loaded.schemas.report_reader(2)
+
+
+def test_forged_ids_do_not_keep_the_registry_busy(loaded):
+    for schema_id in range(1000, 2000):
+        loaded.schemas.load(schema_id)
+    assert loaded.stub.requests.total() == UNKNOWN_AT_ONCE
+    loaded.answer(1, '"string"')
+    loaded.schemas.load(1)
+    with pytest.raises(DecodeError, match=r"was not asked for schema 1: .* redrive"):
+        loaded.schemas.reader(1)
+    loaded.time += 1
+    with pytest.raises(SchemaNeeded):
+        loaded.schemas.reader(1)
+    loaded.schemas.load(1)
+    for schema_id in range(2000, 3000):
+        loaded.schemas.load(schema_id)
+    assert loaded.stub.requests.total() == UNKNOWN_AT_ONCE + 2
+    assert loaded.schemas.reader(1)(b"\x02a") == "a"  # a known one never waits
+
+
+def test_schemas_that_exist_are_loaded_however_many_at_once(loaded):
+    for schema_id in range(1, 51):
+        loaded.answer(schema_id, '"string"')
+        loaded.schemas.load(schema_id)
+        assert loaded.schemas.reader(schema_id)(b"\x02a") == "a"
 
 
 def test_outage_is_remembered_as_nothing(loaded):
     loaded.stub.default = (503, "")
     with pytest.raises(ServiceUnavailable):
         loaded.schemas.load(1)
+    for schema_id in range(2, 30):  # an outage is no sign of forged ids
+        with pytest.raises(ServiceUnavailable):
+            loaded.schemas.load(schema_id)
     with pytest.raises(SchemaNeeded):
         loaded.schemas.reader(1)
     loaded.answer(1, '"string"')
@@ -105,6 +138,7 @@ def test_ids_however_many_do_not_fill_the_memory(loaded, monkeypatch):
         loaded.answer(schema_id, '"string"')
     for schema_id in range(1, 51):
         loaded.schemas.load(schema_id)
+        loaded.time += 1
     assert len(loaded.schemas._readers) <= 10
     assert len(loaded.schemas._refused) <= 10
     assert len(loaded.schemas._registry._client._cache.schema_id_index) == 0
@@ -124,10 +158,9 @@ def test_report_of_our_own_schemas_is_read_directly(loaded):
     for schema_id, payload in payloads.items():
         loaded.schemas.load(schema_id)
         assert loaded.schemas.report_reader(schema_id)(payload) == REPORT
-        assert loaded.schemas.report_readers[schema_id](payload) == REPORT
         assert loaded.schemas.reader(schema_id)(payload)["agent_id"] == "a"
         with pytest.raises(DecodeError):
-            loaded.schemas.report_readers[schema_id](b"\xff")
+            loaded.schemas.report_reader(schema_id)(b"\xff")
 
 
 def test_report_of_a_foreign_schema_is_not_read_directly(loaded):
@@ -136,7 +169,6 @@ def test_report_of_a_foreign_schema_is_not_read_directly(loaded):
     loaded.answer(1, json.dumps(schema))
     loaded.schemas.load(1)
     assert loaded.schemas.report_reader(1) is None
-    assert 1 not in loaded.schemas.report_readers
 
 
 def test_json_is_read_with_lone_surrogates_replaced():
