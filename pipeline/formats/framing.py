@@ -57,6 +57,8 @@ def read_message_indexes(payload: bytes) -> tuple[tuple[int, ...], int]:
         return (0,), 1
     try:
         count, position = _read_varint(payload, 0)
+        if count == 0:  # short, in more bytes than it needs
+            return (0,), position
         if not 0 < count <= len(payload):
             raise DecodeError(f"a Protobuf record can't have {count} message indexes")
         indexes = []

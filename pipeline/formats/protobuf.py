@@ -86,12 +86,13 @@ class ProtobufSchema:
         """Read message indexes and a report, directly; only where `is_report`.
 
         Raises:
-            DecodeError: these bytes are not the schema's first message.
+            DecodeError: these bytes are not the schema's first message; `read` knows the others too.
         """
-        if payload[:1] != b"\0" or self._read_report is None:
+        indexes, start = read_message_indexes(payload)
+        if indexes != (0,) or self._read_report is None:
             raise DecodeError("not the first message of its Protobuf schema")
         try:
-            return self._read_report(payload[1:])
+            return self._read_report(payload[start:])
         except _BAD_BYTES as error:
             raise _not_as_described(error) from error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.decoding import SchemaNeeded
-from pipeline.core.report import Entry, Report
+from pipeline.core.report import Entry, Report, convert_report
 from pipeline.errors import DecodeError, ServiceUnavailable
 from pipeline.formats import schemas as schemas_module
 from pipeline.formats.registry import SchemaRegistry
@@ -161,6 +161,25 @@ def test_report_of_our_own_schemas_is_read_directly(loaded):
         assert loaded.schemas.reader(schema_id)(payload)["agent_id"] == "a"
         with pytest.raises(DecodeError):
             loaded.schemas.report_reader(schema_id)(b"\xff")
+
+
+@pytest.mark.parametrize("indexes", [b"\0", b"\2\0", b"\x82\0\x80\0", b"\x80\0"])
+def test_first_message_is_read_directly_however_it_is_spelled(loaded, indexes):
+    loaded.answer(1, (TOPICS / "report.proto").read_text(), "PROTOBUF")
+    loaded.schemas.load(1)
+    payload = indexes + write_protobuf_report(REPORT)
+    assert loaded.schemas.report_reader(1)(payload) == REPORT
+    assert convert_report(loaded.schemas.reader(1)(payload)).entries[0].value == "v"
+
+
+def test_other_message_of_a_reports_schema_is_left_to_its_reader(loaded):
+    text = (TOPICS / "report.proto").read_text() + "message Other { string agent_id = 1; repeated Entry entries = 3; }"
+    loaded.answer(1, text, "PROTOBUF")
+    loaded.schemas.load(1)
+    payload = b"\2\4" + write_protobuf_report(REPORT)
+    with pytest.raises(DecodeError, match="not the first message"):
+        loaded.schemas.report_reader(1)(payload)
+    assert convert_report(loaded.schemas.reader(1)(payload)).agent_id == "a"
 
 
 def test_report_of_a_foreign_schema_is_not_read_directly(loaded):
