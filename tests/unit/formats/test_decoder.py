@@ -31,7 +31,7 @@ T0 = datetime(2024, 1, 1, tzinfo=UTC)
 T0_MS = 1_704_067_200_000
 REPORT = Report(AGENT, [Entry("cpu", "12%"), Entry("disk", "", "timed out")], T0)
 ROWS = {(AGENT, "cpu"): ("12%", ""), (AGENT, "disk"): ("", "timed out")}
-JSON, AVRO, OTHER_AVRO, UNKNOWN = 1, 2, 3, 4
+JSON, AVRO, OTHER_AVRO, UNKNOWN, PROTOBUF = 1, 2, 3, 4, 5
 OTHER_SCHEMA = {
     "type": "record",
     "name": "Telemetry",
@@ -40,9 +40,15 @@ OTHER_SCHEMA = {
             {"name": "key", "type": "string"}, {"name": "value", "type": ["null", "double", "string"]}]}}}],
 }  # fmt: skip
 
+PROTO = """
+syntax = "proto3";
+message Other { string name = 1; }
+message Mine { string agent_id = 1; message Item { string key = 1; string value = 2; } repeated Item entries = 2; }
+"""
+
 
 class Registry:
-    """Holds three schemas; `asked` are the ids that it was asked for."""
+    """Holds four schemas; `asked` are the ids that it was asked for."""
 
     def __init__(self):
         self.asked = []
@@ -53,6 +59,7 @@ class Registry:
             JSON: ("JSON", "{}"),
             AVRO: ("AVRO", (data_dir("topics") / "report.avsc").read_text(encoding="utf-8")),
             OTHER_AVRO: ("AVRO", json.dumps(OTHER_SCHEMA)),
+            PROTOBUF: ("PROTOBUF", PROTO),
         }
         if schema_id not in texts:
             raise UnknownSchema(f"no schema {schema_id}")
@@ -208,7 +215,7 @@ def test_record_that_the_mapping_does_not_fit_says_where():
 
 @pytest.mark.parametrize("is_known", [False, True])
 @pytest.mark.parametrize("schema_id", [AVRO, UNKNOWN])
-def test_plain_report_is_one_whatever_its_header_says_and_whether_its_agent_is_known(decoder, is_known, schema_id):
+def test_plain_report_is_one_whatever_its_header_says(decoder, is_known, schema_id):
     if is_known:
         decoder.agent_ids.learn(AGENT)
     header = ("__value_schema_id", struct.pack(">bI", 0, schema_id))
@@ -256,3 +263,10 @@ class Chunk(NamedTuple):
 
     def slices(self, _refuse):
         return [self.records]
+
+
+def test_other_message_of_a_protobuf_schema_is_read_by_its_fields(registry):
+    schemas = Schemas(registry)
+    decoder = EventsDecoder(schemas, None)
+    other = b"\x02\x02" + b"\x0a\x01a" + b"\x12\x06" + b"\x0a\x01k\x12\x01v"  # index 1; agent_id "a"; an entry
+    assert fold(decoder, record(framed(PROTOBUF, other))) == ({(agent_uuid("a"), "k"): ("v", "")}, [])
