@@ -10,7 +10,7 @@ from typing import Final, Literal, NamedTuple
 from pipeline.core.batch import Row, decode_batch, separate_unstorable, unstorable_reason
 from pipeline.core.decoding import RecordDecoder, fold_loading
 from pipeline.core.record import CREATE_TIME, KafkaRecord
-from pipeline.core.report import Entry, Report
+from pipeline.core.report import Entry, Report, is_name_of
 from pipeline.core.window import UNLIMITED, OpenWindow
 from pipeline.errors import DecodeError, NewerVersion
 
@@ -165,7 +165,8 @@ def _reports(rows: Sequence[Row], names: Mapping[str, str]) -> Iterator[Report]:
     """Make one report per agent of rows sorted by agent."""
     for agent_id, agent_rows in groupby(rows, key=lambda row: row.agent_id):
         entries = [Entry(row.key, row.value, row.error, row.collected_at) for row in agent_rows]
-        yield Report(names.get(agent_id, agent_id), entries)
+        name = names.get(agent_id, "")
+        yield Report(name if is_name_of(agent_id, name) else agent_id, entries)
 
 
 def rfc3339(timestamp_ms: int) -> str:

@@ -157,6 +157,14 @@ def identify(text: str) -> tuple[str, str | None]:
     return str(uuid.uuid5(AGENT_NAMESPACE, name)), name
 
 
+def is_name_of(agent_id: str, text: str) -> bool:
+    """Tell whether a text is what an agent calls itself: a batch of another program may say otherwise."""
+    try:
+        return agent_uuid(text) == agent_id
+    except DecodeError:
+        return False
+
+
 class AgentIds:
     """Agents' ids by their spelling, so that a UUID is parsed once and not in every report; and names by id.
 

@@ -7,8 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from pipeline.core.report import agent_uuid
-from pipeline.errors import DecodeError
+from pipeline.core.report import is_name_of
 from pipeline.postgres.connections import Connection
 from pipeline.postgres.errors import translated_errors
 from pipeline.postgres.statements import statement
@@ -38,7 +37,7 @@ class WrittenNames:
             agent_id: some[agent_id]
             for some in names
             for agent_id in some.keys() - self._agent_ids
-            if _is_name(agent_id, some[agent_id])
+            if is_name_of(agent_id, some[agent_id])
         }
 
     def note(self, agent_ids: Iterable[str]) -> None:
@@ -59,11 +58,3 @@ async def write_names(connection: Connection, names: Mapping[str, str]) -> list[
         return []
     rows = await connection.fetch(statement("insert_names"), list(names), list(names.values()))
     return [row["agent_id"] for row in rows]
-
-
-def _is_name(agent_id: str, text: str) -> bool:
-    """Tell whether a text is an agent's name: another program's batch may lie."""
-    try:
-        return agent_uuid(text) == agent_id
-    except DecodeError:
-        return False

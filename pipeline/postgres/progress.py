@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-from pipeline.core.batch import Batch, Row
+from pipeline.core.batch import Batch
+from pipeline.core.report import is_name_of
 from pipeline.errors import ProgressGap
 from pipeline.postgres.connections import Connection
 from pipeline.postgres.statements import statement
@@ -42,10 +43,10 @@ class Plan(NamedTuple):
     moves: Progress
 
 
-def called(row: Row, received: Iterable[Received]) -> str:
-    """Return what a row's agent is called in the batches that the row is from: its name, or its id."""
-    names = (record.batch.names for record in received if record.batch is not None)
-    return next((some[row.agent_id] for some in names if row.agent_id in some), row.agent_id)
+def called(agent_id: str, received: Iterable[Received]) -> str:
+    """Return what an agent is called in the batches that have its rows: its name, or its id."""
+    names = (record.batch.names.get(agent_id) for record in received if record.batch is not None)
+    return next((name for name in names if name is not None and is_name_of(agent_id, name)), agent_id)
 
 
 async def lock_progress(connection: Connection, target: PartitionId, received: Sequence[Received]) -> Progress:

@@ -244,14 +244,14 @@ class Sink:
 
     async def _reject(self, partition: int, given: Sequence[Received], row: Row, error: RowRejected) -> Awaitable[None]:
         _log.warning("row_rejected", agent_id=row.agent_id, key=row.key, error=str(error), sqlstate=error.sqlstate)
-        return await self._dead_letters.write_row(partition, row._replace(agent_id=called(row, given)), error)
+        return await self._dead_letters.write_row(partition, row._replace(agent_id=called(row.agent_id, given)), error)
 
     async def _reject_unstorable(self, partition: int, message: Message, batch: Batch) -> Awaitable[None]:
         """Dead-letter a row as a batch of its own: a report can't carry its time, and it must not get another."""
         (agent_id,), (key,), reason = batch.agent_ids, batch.keys, unstorable_reason(*batch.collected_at_us)
         _log.warning("row_rejected", agent_id=agent_id, key=key, error=reason)
         self._metrics.dead_letters.labels("row_rejected").inc()
-        agent = batch.names.get(agent_id, agent_id)
+        agent = called(agent_id, [Received(message.offset(), batch)])
         record = as_record(message)._replace(key=agent.encode(), value=encode_batch(batch))
         return await self._dead_letters.write_record(partition, record, reason)
 

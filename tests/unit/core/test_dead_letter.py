@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.core.batch import Row, Source, WindowSpan, encode_batch, split
 from pipeline.core.dead_letter import REDRIVES_HEADER, dead_letter_headers, read_dead_letter, restore
-from pipeline.core.report import MAX_TIMESTAMP_US, Entry, Report, encode_report, timestamp_us
+from pipeline.core.report import MAX_TIMESTAMP_US, Entry, Report, agent_uuid, encode_report, timestamp_us
 from pipeline.errors import DecodeError
 
 AGENT = str(uuid.UUID(int=7))
@@ -98,3 +98,15 @@ def test_batch_that_can_be_read_now_becomes_reports_of_its_rows():
         Report(AGENT, [Entry("cpu", "vcpu", "", APPENDED)]),
         Report(AGENT, [Entry("mem", "vmem", "", APPENDED)]),
     ]
+
+
+@pytest.mark.parametrize("name", ["host-18", str(uuid.UUID(int=8))])
+def test_row_with_another_agents_name_comes_back_under_its_own_id(name):
+    """The batch may be another program's."""
+    own, named = AGENT, agent_uuid("host-17")
+    rows = [Row(agent_id, "cpu", "v", "", timestamp_us(APPENDED)) for agent_id in sorted([own, named])]
+    source, window = Source("events", "id", 0, 0, 9), WindowSpan(0, 1)
+    names = {own: name, named: "host-17"}
+    (batch,) = split(rows, source=source, window=window, reason="scheduled", batch_size=500, names=names)
+    restored = restore(letter(encode_batch(batch), stage="sink"), max_clock_skew=SKEW)
+    assert {report.agent_id for report in restored} == {own, "host-17"}

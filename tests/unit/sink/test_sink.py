@@ -1,13 +1,15 @@
 """The sink, with a consumer and a store that the test provides."""
 
 import asyncio
+import uuid
 from typing import NamedTuple
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pipeline.core.batch import Batch, Source, WindowSpan, encode_batch
-from pipeline.errors import ConfigError, FlushFailed, ProgressGap, ServiceUnavailable, TopicMismatch
+from pipeline.core.batch import Batch, Row, Source, WindowSpan, encode_batch, split
+from pipeline.core.report import MAX_TIMESTAMP_US, agent_uuid
+from pipeline.errors import ConfigError, FlushFailed, ProgressGap, RowRejected, ServiceUnavailable, TopicMismatch
 from pipeline.monitoring.lag import Position
 from pipeline.monitoring.metrics import SinkMetrics
 from pipeline.postgres.store import Applied
@@ -175,6 +177,14 @@ class RawRecord(NamedTuple):
         return (1, 1_704_067_200_000)
 
 
+class BatchRecord(RawRecord):
+    def key(self):
+        return None
+
+    def headers(self):
+        return []
+
+
 class Partitions(Topic):
     """A batches topic of two partitions; notes what is applied of each."""
 
@@ -240,3 +250,48 @@ async def test_drain_of_other_partitions_is_waited_for_beside_a_held_one():
     assert await asyncio.wait_for(draining, 5) is False
     assert topic.reached == {0: [], 1: [0, 1]}
     topic.sink.lose([0, 1])
+
+
+class DeadLetters:
+    """Notes which agent each dead letter is of."""
+
+    def __init__(self):
+        self.agents = []
+
+    async def write_row(self, partition, row, error):
+        self.agents.append(row.agent_id)
+
+    async def write_record(self, partition, record, reason):
+        self.agents.append(record.key.decode())
+        return asyncio.sleep(0)
+
+
+async def test_dead_letters_of_rows_are_not_of_another_agent_by_a_wrong_name():
+    """A redrive would write another agent's row."""
+    own, named = str(uuid.UUID(int=7)), agent_uuid("host-17")
+    topic, dead_letters, is_applied = Topic(), DeadLetters(), asyncio.Event()
+
+    async def apply(partition, received, reject, *, earliest):
+        for agent_id in (own, named):
+            await reject(Row(agent_id, "cpu", "v", "", 1), RowRejected("refused", sqlstate="23514"))
+        is_applied.set()
+        return Applied()
+
+    topic.apply = apply
+    topic.sink = Sink(
+        consumer=topic,
+        topic=topic,
+        dead_letters=dead_letters,
+        metrics=SinkMetrics(CollectorRegistry()),
+        on_failure=pytest.fail,
+    )
+    times = {"cpu": 1, "mem": MAX_TIMESTAMP_US + 1}
+    rows = [Row(agent_id, key, "v", "", at) for agent_id in (own, named) for key, at in times.items()]
+    names = {own: "host-18", named: "host-17"}
+    batches = split(
+        rows, source=Source("e", "id", 0, 0, 0), window=WindowSpan(0, 1), reason="scheduled", batch_size=9, names=names
+    )
+    topic.sink.take(0, [BatchRecord(0, encode_batch(batch)) for batch in batches])
+    await asyncio.wait_for(is_applied.wait(), 10)
+    topic.sink.lose([0])
+    assert dead_letters.agents == [own, "host-17"] * 2
