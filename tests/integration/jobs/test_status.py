@@ -124,3 +124,22 @@ async def test_missing_topics_and_tables_are_said_in_one_line(deploy):
     code, out, err = await status(pipeline)
     assert (code, out) == (1, "")
     assert "run `agent-metadata db migrate`" in err
+
+
+@pytest.mark.parametrize("time_zone", ["America/New_York", "Europe/Berlin", "Asia/Kolkata"])
+async def test_values_never_collected_are_shown_whatever_the_databases_time_zone(deploy, time_zone):
+    """Coder's pairs begin in the year 1, which is BC in New York and has an offset with seconds in Berlin."""
+    pipeline = await deploy()
+    never, late = datetime(1, 1, 1, tzinfo=UTC), datetime(2024, 7, 1, 12, 0, 0, 250, tzinfo=UTC)
+    async with pipeline.connection() as connection:
+        database = await connection.fetchval("select quote_ident(current_database())")
+        await connection.execute(f"alter database {database} set timezone to '{time_zone}'")
+        await connection.executemany(
+            "insert into workspace_agent_metadata (workspace_agent_id, display_name, key, script, timeout, interval, "
+            "collected_at) values ($1, '', 'cpu', '', 0, 0, $2)",
+            [(AGENTS[0], never), (AGENTS[1], late)],
+        )
+    _, out, err = await status(pipeline, "--json")
+    assert err == ""
+    latest = json.loads(out)["table"]["latest_stale"]
+    assert [datetime.fromisoformat(agent["newest"]) for agent in latest] == [late, never]
