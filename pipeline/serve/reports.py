@@ -139,18 +139,20 @@ class ReportsRoute:
         except PARSE_ERRORS as error:
             return _refused("the body is not JSON: " + str(error), [])
         records: list[Posted] = []
-        refused: list[Refusal] = []
-        count = 0
+        first_refused: list[Refusal] = []
+        count = refused = 0
         for index, raw in enumerate(raws):
             await _let_others_run(index)
             count += 1
             try:
                 records.append(posted(raw))
             except DecodeError as error:
-                refused.append(Refusal(index, str(error)))
+                refused += 1
+                if refused <= _SHOWN_REFUSALS:  # no more are kept either: a body may hold half a million
+                    first_refused.append(Refusal(index, str(error)))
         if refused:
-            self._metrics.posted_reports.labels("refused").inc(len(refused))
-            return _refused(f"{len(refused)} of {count} reports can't be used, and none was taken", refused)
+            self._metrics.posted_reports.labels("refused").inc(refused)
+            return _refused(f"{refused} of {count} reports can't be used, and none was taken", first_refused)
         records = [record for record in records if record.entries]
         return await self._send(records, send, hold)
 
@@ -250,4 +252,4 @@ def _problem(status: int, detail: str, headers: Any = None) -> Response:
 
 
 def _refused(detail: str, refused: list[Refusal]) -> Response:
-    return _json(400, Refused(detail, refused[:_SHOWN_REFUSALS]))
+    return _json(400, Refused(detail, refused))

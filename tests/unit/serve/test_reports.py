@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import tracemalloc
 import uuid
 
 import aiohttp
@@ -130,6 +131,19 @@ async def test_only_the_first_hundred_bad_reports_are_named(server):
     status, body, _ = await post(server, [{}] * 250)
     assert (status, body["detail"]) == (400, "250 of 250 reports can't be used, and none was taken")
     assert [refused["index"] for refused in body["refused"]] == list(range(100))
+
+
+async def test_bad_reports_that_are_not_named_take_no_memory(server, kafka):
+    count = 30_000
+    body = b"[" + b",".join([b"1"] * count) + b"]"
+    tracemalloc.start()
+    try:
+        status, answer, _ = await post(server, body)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (status, answer["detail"]) == (400, f"{count} of {count} reports can't be used, and none was taken")
+    assert peak_bytes / count < 130  # undecoded they take 80 each, as long as the request lasts
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b'[{"agent_id":"a","entries":[]}', b"[" * 100_000, b"\xff", b"[] []"])
