@@ -19,6 +19,7 @@ from pipeline.core.report import Entry, Report, apply_limits, identify, key_prob
 from pipeline.errors import DecodeError, PipelineError
 from pipeline.formats.encoder import ReportFormat, report_encoder
 from pipeline.kafka.errors import log_unavailable
+from pipeline.kafka.publisher import PARTITIONER
 from pipeline.monitoring.consumer_metrics import PREFIX
 from pipeline.monitoring.metrics import ProducerMetrics
 
@@ -89,8 +90,7 @@ class MetadataProducer:
                 "enable.idempotence": True,
                 "compression.type": "lz4",
                 "linger.ms": _LINGER_MS,
-                # Java's default for keyed records, so that an agent's records from any client share a partition.
-                "partitioner": "murmur2",
+                "partitioner": PARTITIONER,
                 "queue.buffering.max.messages": max_queued_reports,
                 "error_cb": partial(log_unavailable, log=self._log),
             }

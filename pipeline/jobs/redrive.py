@@ -14,7 +14,7 @@ from pipeline.core.report import Report, agent_uuid, encode_report
 from pipeline.errors import ANSWER_SECONDS, DecodeError, PipelineError, TopicMismatch
 from pipeline.formats.decoder import decoders
 from pipeline.kafka.admin import KafkaAdmin
-from pipeline.kafka.publisher import Publisher
+from pipeline.kafka.publisher import PARTITIONER, Publisher
 from pipeline.kafka.range_reader import RangeReader
 from pipeline.kafka.records import dead_letter_of
 from pipeline.settings import Settings
@@ -144,8 +144,7 @@ async def redrive(
         else:
             seen[_digest(reports)] += 1
     remaining = seen.copy()
-    # MetadataProducer's partitioner, so that an agent's reports stay in one partition.
-    publisher = Publisher({**settings.client_config(), "partitioner": "murmur2"})
+    publisher = Publisher({**settings.client_config(), "partitioner": PARTITIONER})
     acknowledgements: list[asyncio.Future[None]] = []
     try:
         for letter in dead_letters(settings, chosen, on_progress=on_progress):

@@ -12,6 +12,9 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from pipeline.errors import PipelineError
 from pipeline.kafka.errors import log_unavailable
 
+# For whatever is keyed by agent: Java's default for keyed records, so that an agent's records from any client share a
+# partition.
+PARTITIONER: Final = "murmur2"
 _POLL_SECONDS: Final = 0.1
 _FULL_QUEUE_PAUSE_SECONDS: Final = 0.02
 # A dead letter is as large as its record, which may have arrived compressed: the broker decides what is too large.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
 
 import structlog
 from prometheus_client import CollectorRegistry
 
 from pipeline.bridge import URL_SETTING, Bridge, Copied, require_another_table
 from pipeline.errors import ConfigError
-from pipeline.kafka.publisher import Publisher
+from pipeline.kafka.publisher import PARTITIONER, Publisher
 from pipeline.kafka.topics import require_topics
 from pipeline.monitoring.health import Heartbeat, exit_when_stuck, serve_health
 from pipeline.monitoring.metrics import BridgeMetrics
@@ -18,9 +17,6 @@ from pipeline.postgres.connections import require_sessions
 from pipeline.roles.process import on_stop_signals
 from pipeline.roles.role import LAST_FLUSH_SECONDS, START_TIMEOUT_SECONDS
 from pipeline.settings import Settings
-
-# Java's default for keyed records, so that an agent's records from any client share a partition.
-_PARTITIONER: Final = "murmur2"
 
 _log = structlog.get_logger(__name__)
 
@@ -37,7 +33,7 @@ async def run_bridge(settings: Settings, *, once: bool = False) -> Copied | None
     events = settings.declared_topics()["events"]
     await require_topics(settings.client_config(), {"events": events}, timeout_s=START_TIMEOUT_SECONDS)
     registry = CollectorRegistry()
-    publisher = Publisher({**settings.client_config(), "partitioner": _PARTITIONER})
+    publisher = Publisher({**settings.client_config(), "partitioner": PARTITIONER})
     bridge = Bridge(
         source_url,
         publisher=publisher,

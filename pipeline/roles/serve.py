@@ -14,7 +14,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from pipeline.errors import ConfigError, PipelineError, ServiceUnavailable
-from pipeline.kafka.publisher import Publisher
+from pipeline.kafka.publisher import PARTITIONER, Publisher
 from pipeline.kafka.topics import require_topics
 from pipeline.listener import MetadataListener
 from pipeline.postgres.connections import CONNECT_TIMEOUT_SECONDS, connected, open_pool, require_sessions
@@ -117,8 +117,7 @@ async def _open_publisher(settings: Settings) -> Publisher:
         await require_topics(settings.client_config(), {"events": events}, timeout_s=START_TIMEOUT_SECONDS)
     except ServiceUnavailable as error:  # the page needs no Kafka
         _log.warning("kafka_unavailable", error=str(error), advice="POST /reports answers 503 until it is back")
-    # MetadataProducer's partitioner, so that an agent's reports from any program share a partition.
-    return Publisher({**settings.client_config(), "partitioner": "murmur2"})
+    return Publisher({**settings.client_config(), "partitioner": PARTITIONER})
 
 
 async def _send(
