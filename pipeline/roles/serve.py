@@ -42,7 +42,7 @@ async def run_serve(settings: Settings) -> None:
     try:
         from pipeline.serve.api import LiveServer
         from pipeline.serve.http import listen, serve
-        from pipeline.serve.reports import Intake
+        from pipeline.serve.reports import MAX_WAITING_REPORTS, Intake
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{error.name} is not installed: pip install 'agent-metadata-pipeline[serve]' for `serve`"
@@ -72,7 +72,7 @@ async def run_serve(settings: Settings) -> None:
         stop.set()
 
     token = settings.serve_reports_token
-    publisher = await _open_publisher(settings) if token else None
+    publisher = await open_publisher(settings, MAX_WAITING_REPORTS) if token else None
     server = LiveServer(
         table=table,
         read=partial(_read, pool),
@@ -111,13 +111,20 @@ async def run_serve(settings: Settings) -> None:
     _log.info("serve_stopped")
 
 
-async def _open_publisher(settings: Settings) -> Publisher:
+async def open_publisher(settings: Settings, max_waiting: int) -> Publisher:
+    """Make the producer for POST /reports: `send` never waits for room while at most `max_waiting` are unacknowledged.
+
+    Raises:
+        ConfigError, TopicMismatch: reports can't be produced to the events topic.
+    """
     events = settings.declared_topics()["events"]
     try:
         await require_topics(settings.client_config(), {"events": events}, timeout_s=START_TIMEOUT_SECONDS)
     except ServiceUnavailable as error:  # the page needs no Kafka
         _log.warning("kafka_unavailable", error=str(error), advice="POST /reports answers 503 until it is back")
-    return Publisher({**settings.client_config(), "partitioner": PARTITIONER})
+    # Twice as many: the client may still hold a report, for a moment, whose room is given to the next.
+    own = {"partitioner": PARTITIONER, "queue.buffering.max.messages": 2 * max_waiting}
+    return Publisher({**settings.client_config(), **own})
 
 
 async def _send(

@@ -20,7 +20,7 @@ from pipeline.monitoring.metrics import ServeMetrics
 from pipeline.serve.bodies import MAX_BODY_BYTES, Posted, posted, reports_in, request_body, require_readable, too_large
 
 # Of all requests: bodies that are being read, or whose reports Kafka has not acknowledged. A waiting report takes about
-# 1 kB besides, so together they take 200 MB at most. The second is also what librdkafka's queue takes.
+# 1 kB besides, so together they take 200 MB at most. The queue of Kafka's client takes twice as many reports.
 MAX_WAITING_BYTES: Final = 64 * MAX_BODY_BYTES
 MAX_WAITING_REPORTS: Final = 100_000
 _BODY_SECONDS: Final = 30.0
