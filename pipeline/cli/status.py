@@ -207,7 +207,9 @@ def shadow_diff_command(
     settle: Annotated[
         float,
         typer.Option(
-            metavar="SECONDS", min=0, help="Count pairs that changed less than this long ago apart, if they differ."
+            metavar="SECONDS",
+            min=0,
+            help="Count pairs that differ separately if they changed less than this long ago.",
         ),
     ] = 30.0,
     as_json: JsonOption = False,
