@@ -24,7 +24,7 @@ from pipeline.cli.console import (
 from pipeline.core.printable import printable
 from pipeline.errors import ConfigError, ExitCode
 from pipeline.jobs.shadow import ShadowDiff, shadow_diff
-from pipeline.jobs.status import Status, gather_status
+from pipeline.jobs.status import SERVICES, Status, gather_status
 from pipeline.jobs.trace import trace
 from pipeline.jobs.why import Trace, explain
 from pipeline.postgres.connections import connected
@@ -110,16 +110,15 @@ def _show_status(found: Status, problems: list[str], stale_after: float) -> None
         if held
         else "not counted in time"
     )
-    outage = (
-        "?" if found.outage_seconds is None else f"{found.outage_seconds:.0f} s" if found.outage_seconds else "none"
-    )
+    outages = found.outage_seconds
+    outage = ", ".join(f"{SERVICES.get(name, name)} {seconds:.0f} s" for name, seconds in (outages or {}).items())
     uncommitted = sum(item.uncommitted for item in found.partitions)
     open_for = max((item.uncommitted_seconds for item in found.partitions), default=0.0)
     transactions = f"{uncommitted:,} records wait, open for {open_for:.0f} s" if uncommitted else "none open"
     for name, text in (
         ("workers, sinks", f"{found.workers}, {found.sinks}"),
         ("transactions", transactions),
-        ("outage", outage),
+        ("outage", "?" if outages is None else outage or "none"),
         ("dead letters", f"{found.dead_letters:,}"),
         ("table", rows),
     ):
@@ -127,7 +126,7 @@ def _show_status(found: Status, problems: list[str], stale_after: float) -> None
     for agent in held.latest_stale if held else ():
         console.print(shown(f"{'  fell silent':15} {agent.name or agent.agent_id}", _MOST_CHARACTERS), end=", ")
         console.print(_ago(agent.newest), markup=False)
-    if found.outage_seconds is None:
+    if outages is None:
         console.print(
             "? = no role's /metrics answers; say where they are: --metrics http://host:port/metrics", markup=False
         )

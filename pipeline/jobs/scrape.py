@@ -32,6 +32,18 @@ def highest(samples: Sequence[Sample], metric: str) -> float | None:
     return max((value for name, _, value in samples if name == metric), default=None)
 
 
+def outages(samples: Sequence[Sample]) -> dict[str, float] | None:
+    """Return how many seconds ago each service that is unavailable to a role became so; None if no role says.
+
+    Less than a second is how long services take to answer, and no outage.
+    """
+    found: dict[str, float] = {}
+    for name, labels, seconds in samples:
+        if name == "agent_metadata_outage_seconds":
+            found[labels["service"]] = max(seconds, found.get(labels["service"], 0.0))
+    return {service: seconds for service, seconds in found.items() if seconds >= 1} if found else None
+
+
 def open_pairs(samples: Sequence[Sample], partition: int) -> int | None:
     """Return a partition's open pairs; None if no worker's metrics say."""
     values = [

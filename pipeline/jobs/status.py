@@ -14,7 +14,7 @@ from asyncpg import Connection
 from pipeline.core.batch import decode_batch
 from pipeline.core.replication import Risk
 from pipeline.errors import ANSWER_SECONDS, DecodeError, NewerVersion, ServiceUnavailable
-from pipeline.jobs.scrape import highest, open_pairs, scrape
+from pipeline.jobs.scrape import highest, open_pairs, outages, scrape
 from pipeline.kafka.admin import KafkaAdmin, Offsets
 from pipeline.kafka.range_reader import OffsetRange, RangeReader
 from pipeline.kafka.topics import TopicFacts, find_risks, require_topics
@@ -26,6 +26,8 @@ from pipeline.settings import Settings
 # The table is counted by a full scan, which must not delay the rest.
 _TABLE_SECONDS: Final = 10.0
 _SHOWN_STALE: Final = 5
+# By what metrics call them.
+SERVICES: Final = {"kafka": "Kafka", "postgres": "Postgres", "schema_registry": "the schema registry"}
 
 OffsetsByPartition = Mapping[int, Offsets]
 
@@ -69,14 +71,17 @@ class TableStatus(msgspec.Struct):
 
 
 class Status(msgspec.Struct):
-    """The whole pipeline at one moment; None for metrics that no role serves, and for a table not counted in time."""
+    """The whole pipeline at one moment; None for metrics that no role serves, and for a table not counted in time.
+
+    `outage_seconds` has, by service, how long each that is unavailable has been so.
+    """
 
     workers: int
     sinks: int
     partitions: list[PartitionStatus]
     dead_letters: int
     table: TableStatus | None
-    outage_seconds: float | None = None
+    outage_seconds: dict[str, float] | None = None
     is_table_emptied: bool = False
     risks: list[Risk] = []
     held_partitions: float | None = None
@@ -108,8 +113,11 @@ class Status(msgspec.Struct):
             problems.append(
                 f"a sink holds {self.held_partitions:.0f} partitions back, at newer batches: upgrade the sinks"
             )
-        if self.outage_seconds:
-            problems.append(f"a sink has held batches back for {self.outage_seconds:.0f} s: Postgres is unavailable")
+        problems += [
+            f"a role has waited {seconds:.0f} s for {SERVICES.get(service, service)}, which is unavailable or refuses "
+            f"what it is sent: see the role's log"
+            for service, seconds in (self.outage_seconds or {}).items()
+        ]
         if self.is_table_emptied:
             problems.append("the table was emptied: a sink refills it by itself, or `agent-metadata refill` does")
         return problems + [risk.text for risk in self.risks if risk.is_problem]
@@ -180,7 +188,7 @@ async def gather_status(
         table=await _table(connection, stale_after_seconds),
         is_table_emptied=is_over(epoch),
         risks=risks,
-        outage_seconds=highest(samples, "agent_metadata_outage_seconds"),
+        outage_seconds=outages(samples),
         held_partitions=highest(samples, "agent_metadata_held_partitions"),
     )
 

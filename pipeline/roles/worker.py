@@ -51,6 +51,7 @@ async def run_worker(settings: Settings) -> None:
         metrics=metrics,
     )
     metrics.unacknowledged_seconds.set_function(worker.unacknowledged_seconds)
+    metrics.consumer.outage_seconds.labels("schema_registry").set_function(worker.schema_wait_seconds)
     lag = watch_lag(settings, admin, events, worker.positions, lambda: worker.is_held, metrics.consumer)
     heartbeat = Heartbeat(settings.stuck_seconds)
 

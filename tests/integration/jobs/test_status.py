@@ -7,6 +7,7 @@ import uuid
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from confluent_kafka import Producer
 
 from tests.support.deployment import NONESUCH_MISSING, eventually
 
@@ -46,7 +47,7 @@ async def test_running_pipeline_is_healthy_and_shows_what_it_holds(deploy):
     code, out, err = await status(pipeline, "--json")
     found = json.loads(out)
     assert (code, err, found["healthy"], found["problems"]) == (0, "", True, [])
-    assert (found["workers"], found["sinks"], found["dead_letters"], found["outage_seconds"]) == (1, 1, 0, 0)
+    assert (found["workers"], found["sinks"], found["dead_letters"], found["outage_seconds"]) == (1, 1, 0, {})
     latest = found["table"].pop("latest_stale")
     assert found["table"] == {"rows": 40, "agents": 20, "stale_agents": 20}
     assert len(latest) == 5
@@ -143,3 +144,23 @@ async def test_values_never_collected_are_shown_whatever_the_databases_time_zone
     assert err == ""
     latest = json.loads(out)["table"]["latest_stale"]
     assert [datetime.fromisoformat(agent["newest"]) for agent in latest] == [late, never]
+
+
+async def test_schema_registry_that_is_away_is_named_as_what_is_waited_for(deploy):
+    pipeline = await deploy(
+        window_seconds=0.1, metrics_port=free_port(), schema_registry_url=f"http://127.0.0.1:{free_port()}"
+    )
+    await pipeline.started("worker")
+    producer = Producer(pipeline.settings.client_config())
+    producer.produce(pipeline.settings.events_topic, b"\0\0\0\0\1\2")
+    assert producer.flush(30) == 0
+
+    async def is_named():
+        _, out, _ = await status(pipeline, "--json")
+        return json.loads(out)["outage_seconds"].keys() == {"schema_registry"}
+
+    await eventually("the registry is named", is_named, 30)
+    code, out, _ = await status(pipeline)
+    assert code == 1
+    assert "for the schema registry, which is unavailable" in " ".join(out.split())
+    assert "Postgres is unavailable" not in out
