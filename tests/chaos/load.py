@@ -237,7 +237,7 @@ class Load:
 
 def _register_schemas(url: str, topic: str, count: int) -> list[int]:
     """Register schemas that differ in a comment; return their ids."""
-    registry = SchemaRegistry({"url": url})
     schema = (data_dir("topics") / "report.avsc").read_text(encoding="utf-8")
     texts = [schema.replace("What one agent", f"{number}: what one agent") for number in range(count)]
-    return [registry.register(f"{topic}-value", "AVRO", text) for text in texts]
+    with SchemaRegistry({"url": url}) as registry:
+        return [registry.register(f"{topic}-value", "AVRO", text) for text in texts]

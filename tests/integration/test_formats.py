@@ -137,7 +137,7 @@ async def test_foreign_schemas_and_headers_are_read_and_unknown_ids_are_dead_let
     await eventually("what can be read is in the table", written, 30)
     letters = await eventually("the rest are dead letters", lambda: refused(settings), 30)
     assert [reason.partition(":")[0] for reason in letters] == [
-        "not a report in Avro",
+        "not what its Avro schema describes",
         "the schema registry has no schema 2147483647 (HTTP 404",
         f"schema {recursive}",
     ]

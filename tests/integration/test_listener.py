@@ -142,8 +142,8 @@ async def test_changes_begin_with_a_snapshot(connection, database_url):
     await write(connection, A2, "two", key="b")
     async with hearing(MetadataListener(database_url)) as heard:
         assert [tuple(await heard.next()) for _ in range(2)] == [
-            (A1, "a", "one", "late", T0 + timedelta(seconds=3), None),
-            (A2, "b", "two", "", T0, None),
+            (A1, "a", "one", "late", T0 + timedelta(seconds=3), None, None),
+            (A2, "b", "two", "", T0, None, None),
         ]
 
 
