@@ -116,8 +116,8 @@ class OpenWindow:
         affected. It also ends in front of a record for which `schema_needed` is to be loaded, and is None otherwise.
         """
         # The hot loop, one turn per entry: names are local, and rare cases are handled in methods.
-        agents, capacity, parse = self._agents, self._pairs_allowed, self._decoder.parse
-        known, names = self._decoder.agent_ids.known, self._decoder.agent_ids.names
+        agents, capacity, parse, ids = self._agents, self._pairs_allowed, self._decoder.parse, self._decoder.agent_ids
+        known, learn, names = ids.known, ids.learn, ids.names
         pairs, count, index, end = self.pairs, self.entries, start, len(records)
         believe, certain = self._times.believe, self._times.certain(records[start] if start < end else None)
         self.schema_needed = None
@@ -127,7 +127,10 @@ class OpenWindow:
             problem = None
             try:
                 report = parse(raw)
-                agent_id = known[report.agent_id]
+                try:
+                    agent_id = known[report.agent_id]
+                except KeyError:  # a new agent; this costs nothing for the others
+                    agent_id = learn(report.agent_id)
                 if len(raw) > _UNMEASURED_BYTES or BACKSLASH in raw:
                     if len(raw) > SHORT_BYTES or BACKSLASH in raw:
                         problem = apply_limits(report)
@@ -136,7 +139,7 @@ class OpenWindow:
                 moment = report.collected_at
                 if moment is None or moment >= certain:
                     moment = believe(moment, record.timestamp)
-            except NOT_PLAIN:  # or its agent is new
+            except NOT_PLAIN:
                 self.pairs, self.entries = pairs, count
                 capacity = self._fold_carefully(record)
                 if self.schema_needed is not None:
@@ -176,7 +179,7 @@ class OpenWindow:
         return index
 
     def _fold_carefully(self, record: Record) -> int:
-        """Fold a record that is not plain: of a new agent, with several reports, bad; return what _reject returns."""
+        """Fold a record that is not plain: with several reports, or bad; return what _reject returns."""
         try:
             reports, problem = self._decoder.decode(record)
         except SchemaNeeded as needed:

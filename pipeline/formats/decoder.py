@@ -10,7 +10,7 @@ from pipeline.core.decoding import NOT_PLAIN, Decoded, RecordDecoder, SchemaId
 from pipeline.core.record import Record
 from pipeline.core.report import Report, apply_limits, convert_report, parse_any_report
 from pipeline.errors import DecodeError
-from pipeline.formats.framing import split_frame
+from pipeline.formats.framing import has_schema_header, split_frame
 from pipeline.formats.mapping import CompiledMapping, compile_mapping
 from pipeline.formats.otlp import OtlpReader
 from pipeline.formats.registry import SchemaRegistry
@@ -68,7 +68,7 @@ class EventsDecoder(RecordDecoder):
 
     def decode(self, record: Record) -> Decoded:
         """Decode a record the careful way; see RecordDecoder."""
-        if record.value is not None and not self._is_plain_json(record.value):
+        if record.value is not None and not (has_schema_header(record.headers) and self._is_plain_json(record.value)):
             framed = split_frame(record.value, record.headers)
             if framed is not None:
                 return self._decode_framed(record, *framed)

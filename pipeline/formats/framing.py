@@ -19,6 +19,11 @@ _ID_END: Final = 5
 _GUID_END: Final = 17
 
 
+def has_schema_header(headers: Sequence[tuple[str, bytes]]) -> bool:
+    """Tell whether a header should hold the schema's id."""
+    return any(name == VALUE_SCHEMA_ID_HEADER for name, _ in headers)
+
+
 def split_frame(value: bytes, headers: Sequence[tuple[str, bytes]] = ()) -> tuple[int | str, bytes] | None:
     """Return the schema's id, a number or a GUID in lower case, and the payload; None where there is no frame.
 

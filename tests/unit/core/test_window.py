@@ -268,3 +268,14 @@ def test_closed_window_has_the_names_of_agents_in_it_and_of_no_others():
     assert window.close("scheduled", 1.0).names == {agent_uuid(name): name for name in ("host-1", "host-3")}
     following = OpenWindow(1.0, capacity=9, max_clock_skew=timedelta(60))
     assert following.close("scheduled", 2.0).names == {}
+
+
+class OfPlainRecordsOnly(RecordDecoder):
+    def decode(self, record):
+        raise AssertionError("a plain record is parsed once")
+
+
+def test_plain_record_of_a_new_agent_is_not_decoded_again():
+    window = OpenWindow(0.0, capacity=9, max_clock_skew=timedelta(60), decoder=OfPlainRecordsOnly())
+    assert window.fold([record(0, A1, T0, k="1"), record(1, "host-17", T0, k="2")]) == 2
+    assert rows(window) == {(A1, "k"): ("1", T0), (agent_uuid("host-17"), "k"): ("2", T0)}
