@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from confluent_kafka.admin import AdminClient
 
@@ -40,22 +41,31 @@ class KafkaCluster:
 
         Only then is it the same for a client which of them answers it: topics get as many replicas as it knows nodes.
         """
-        deadline = time.monotonic() + seconds
-        for number in numbers:  # each node: one may know of the others before they know of it
-            while (alive := self._alive_to(number)) != numbers:
-                assert time.monotonic() < deadline, f"{alive} are alive after {seconds:g} s, not {numbers}"
-                time.sleep(0.1)
+        self._wait(numbers, lambda metadata: set(metadata.brokers) == numbers, f"each knows of {numbers}", seconds)
+
+    def wait_known(self, topics: set[str], seconds: float = 60.0) -> None:
+        """Return when each node knows all partitions' leaders of these topics: until then a client may hear of none."""
+
+        def are_known(metadata: Any) -> bool:
+            found = [metadata.topics[name] for name in topics & metadata.topics.keys()]
+            leaders = [part.leader for topic in found for part in topic.partitions.values()]
+            return len(found) == len(topics) and -1 not in leaders and all(topic.partitions for topic in found)
+
+        self._wait(set(self.nodes), are_known, f"each knows {topics}", seconds)
 
     def leaders(self, topic: str) -> list[int]:
         """Return the node that leads each partition; -1 where none does."""
         partitions = self._admin().list_topics(topic, timeout=10).topics[topic].partitions
         return [partitions[number].leader for number in sorted(partitions)]
 
-    def _alive_to(self, number: int) -> set[int]:
-        """Return the ids of the nodes that one of them counts as alive."""
-        address = self.nodes[number].bootstrap_servers
-        answering = AdminClient({"bootstrap.servers": address, "log_level": 0})
-        return set(answering.list_topics(timeout=10).brokers)
+    def _wait(self, numbers: set[int], holds: Callable[[Any], bool], what: str, seconds: float) -> None:
+        """Return when something holds in what each of these nodes says: one may know before the others do."""
+        deadline = time.monotonic() + seconds
+        for number in numbers:
+            address = self.nodes[number].bootstrap_servers
+            while not holds(AdminClient({"bootstrap.servers": address, "log_level": 0}).list_topics(timeout=10)):
+                assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+                time.sleep(0.1)
 
     def _admin(self) -> AdminClient:
         return AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import uuid
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.replication import Replication
-from pipeline.errors import ServiceUnavailable
 from pipeline.kafka.admin import KafkaAdmin
 from pipeline.kafka.topics import create_topics, delete_topics
 from tests.support.cluster import KafkaCluster, kafka_cluster
@@ -36,6 +34,7 @@ def cluster(kafka_jars: list[Path]) -> Iterator[KafkaCluster]:
 async def pipeline(cluster, database_url, tmp_path):
     deployment = Deployment(cluster.bootstrap_servers, database_url, tmp_path)
     await deployment.prepare()
+    await asyncio.to_thread(cluster.wait_known, set(deployment.settings.topic_names.values()))
     yield deployment
     deployment.close()
 
@@ -56,12 +55,7 @@ async def test_topics_get_three_replicas_of_which_two_must_have_each_record(pipe
     names = set(pipeline.settings.topic_names.values())
     with KafkaAdmin(pipeline.settings.client_config()) as admin:
         found = admin.cluster(10)
-        configs = {}
-        for _ in range(100):  # a node that has not heard of a topic yet may be the one that is asked
-            with contextlib.suppress(ServiceUnavailable):
-                configs = admin.configs(names, 10)
-                break
-            await asyncio.sleep(0.1)
+        configs = admin.configs(names, 10)
     assert found.brokers == 3
     assert {found.replication[name] for name in names} == {3}
     assert {config[MIN_INSYNC] for config in configs.values()} == {"2"}
