@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from aiokafka.cluster import ClusterMetadata
+from aiokafka.conn import create_conn
+from aiokafka.protocol.metadata import MetadataRequest
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from pipeline.local import PackagedKafka
@@ -41,34 +45,59 @@ class KafkaCluster:
 
         Only then is it the same for a client which of them answers it: topics get as many replicas as it knows nodes.
         """
-        self._wait(numbers, lambda metadata: set(metadata.brokers) == numbers, f"each knows of {numbers}", seconds)
+        self._wait(
+            numbers, lambda seen: {node.nodeId for node in seen.brokers()} == numbers, f"{numbers} alive", seconds
+        )
 
     def wait_known(self, topics: set[str], seconds: float = 60.0) -> None:
-        """Return when each node knows all partitions' leaders of these topics: until then a client may hear of none."""
+        """Return when each node knows the leaders of these topics: until then a client may hear that there are none."""
 
-        def are_known(metadata: Any) -> bool:
-            found = [metadata.topics[name] for name in topics & metadata.topics.keys()]
-            leaders = [part.leader for topic in found for part in topic.partitions.values()]
-            return len(found) == len(topics) and -1 not in leaders and all(topic.partitions for topic in found)
+        def are_known(seen: ClusterMetadata) -> bool:
+            led = {name: seen.available_partitions_for_topic(name) for name in topics}
+            return all(led[name] and led[name] == seen.partitions_for_topic(name) for name in topics)
 
-        self._wait(set(self.nodes), are_known, f"each knows {topics}", seconds)
+        self._wait(set(self.nodes), are_known, f"the leaders of {topics}", seconds)
+
+    def wait_for_groups(self, seconds: float = 60.0) -> None:
+        """Return when groups have coordinators: the first question about one creates Kafka's topic of their offsets.
+
+        A consumer asks it: AdminClient, which asks for a group's members, may end the process if it is asked too early
+        (librdkafka's issue 4605).
+        """
+        consumer = Consumer({"bootstrap.servers": self.bootstrap_servers, "group.id": "nobody", "log_level": 0})
+        try:
+            consumer.committed([TopicPartition("any", 0)], timeout=seconds)
+        finally:
+            consumer.close()
+        self.wait_known({"__consumer_offsets"}, seconds)
 
     def leaders(self, topic: str) -> list[int]:
         """Return the node that leads each partition; -1 where none does."""
         partitions = self._admin().list_topics(topic, timeout=10).topics[topic].partitions
         return [partitions[number].leader for number in sorted(partitions)]
 
-    def _wait(self, numbers: set[int], holds: Callable[[Any], bool], what: str, seconds: float) -> None:
+    def _wait(self, numbers: set[int], holds: Callable[[ClusterMetadata], bool], what: str, seconds: float) -> None:
         """Return when something holds in what each of these nodes says: one may know before the others do."""
         deadline = time.monotonic() + seconds
         for number in numbers:
-            address = self.nodes[number].bootstrap_servers
-            while not holds(AdminClient({"bootstrap.servers": address, "log_level": 0}).list_topics(timeout=10)):
-                assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+            while not holds(asyncio.run(_seen_by(self.nodes[number].bootstrap_servers))):
+                assert time.monotonic() < deadline, f"node {number} does not know after {seconds:g} s: {what}"
                 time.sleep(0.1)
 
     def _admin(self) -> AdminClient:
         return AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
+
+
+async def _seen_by(address: str) -> ClusterMetadata:
+    """Ask one node: librdkafka's clients ask whichever they like, however few they are given."""
+    host, _, port = address.partition(":")
+    connection = await create_conn(host, int(port))
+    try:
+        seen = ClusterMetadata()
+        seen.update_metadata(await connection.send(MetadataRequest(None)))
+        return seen
+    finally:
+        connection.close()
 
 
 @contextmanager
@@ -88,4 +117,5 @@ def kafka_cluster(jars: Sequence[Path]) -> Iterator[KafkaCluster]:
             list(threads.map(PackagedKafka.start, nodes.values()))
         cluster = KafkaCluster(nodes)
         cluster.wait_alive(set(nodes))
+        cluster.wait_for_groups()
         yield cluster

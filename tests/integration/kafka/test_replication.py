@@ -40,7 +40,9 @@ async def pipeline(cluster, database_url, tmp_path):
 
 
 async def status(pipeline):
-    return json.loads((await pipeline.run("status", "--json"))[1])
+    _, out, err = await pipeline.run("status", "--json")
+    assert err == ""
+    return json.loads(out)
 
 
 def produce(pipeline, value):
