@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, TomlConfigSettingsSource
 
+from pipeline.checks import secret_text, token_problem
 from pipeline.core.replication import Replication
 from pipeline.environment import nearest, refuse_misnamed, service_links
 from pipeline.errors import ConfigError
@@ -137,10 +138,9 @@ class Settings(PostgresUrls, KafkaSecurity, FormatSettings):
     @field_validator("serve_token", "serve_reports_token")
     @classmethod
     def _is_token(cls, value: SecretStr | None) -> SecretStr | None:
-        token = value.get_secret_value() if value else ""
-        # Source: RFC 6750, section 2.1.
-        if token and not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
-            raise ValueError("may contain only letters, digits and ._~+/-, with = at the end")
+        token = secret_text(value)
+        if problem := token_problem(token):
+            raise ValueError(problem)
         return value if token else None
 
     @model_validator(mode="after")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
 from pipeline.core.values import MAX_ERROR_BYTES as MAX_ERROR_BYTES
 from pipeline.core.values import MAX_VALUE_BYTES as MAX_VALUE_BYTES
-from pipeline.core.values import as_text, limit_value, storable, utf8_length
+from pipeline.core.values import as_text, limit_value, storable, utf8_length, well_formed
 from pipeline.errors import DecodeError
 
 MAX_REPORT_KEYS_BYTES: Final = 6144  # of UTF-8. Source: coder's agent API
@@ -36,6 +37,7 @@ BACKSLASH: Final = ord("\\")
 # can't be written without an escape. Only the keys' length in characters is left to check.
 SHORT_BYTES: Final = min(MAX_VALUE_BYTES, MAX_ERROR_BYTES, MAX_REPORT_KEYS_BYTES)
 
+_Parsed = TypeVar("_Parsed")
 Timestamp = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
@@ -227,22 +229,30 @@ def read_report(raw: bytes | None) -> tuple[Report, str | None]:
         try:
             report = parse_any_report(raw)
         except PARSE_ERRORS as error:
-            report = _decode_with_lone_surrogates(raw, error)
+            report = parse_well_formed(parse_any_report, raw, error, "not a report")
     is_within_limits = len(raw) <= SHORT_BYTES and BACKSLASH not in raw
     return report, None if is_within_limits else apply_limits(report)
 
 
-def _decode_with_lone_surrogates(raw: bytes, cause: Exception) -> Report:
-    """Decode text with lone surrogate escapes, which msgspec refuses though JSON's grammar allows them."""
+def parse_well_formed(parse: Callable[[str], _Parsed], raw: bytes, cause: Exception, what: str) -> _Parsed:
+    """Parse JSON that `parse` has refused, `cause` being its reason, with U+FFFD for lone surrogates.
+
+    msgspec refuses their escapes, which JSON's grammar allows.
+
+    Raises:
+        DecodeError: they were not the reason; the message says what the JSON is not (`what`), and why.
+    """
     if b"\\u" in raw:
         try:
-            text = json.dumps(json.loads(raw), ensure_ascii=False)
-            well_formed = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            return parse_any_report(well_formed)
+            return parse(well_formed(json.dumps(json.loads(raw), ensure_ascii=False)))
         except (ValueError, TypeError, RecursionError, msgspec.MsgspecError):
             pass  # the first error is more helpful
-    reason = "nested too deeply" if isinstance(cause, RecursionError) else str(cause)
-    raise DecodeError(f"not a report: {reason}") from cause
+    raise DecodeError(f"{what}: {parse_problem(cause)}") from cause
+
+
+def parse_problem(error: Exception) -> str:
+    """Say in words why JSON, by one of PARSE_ERRORS, could not be parsed."""
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def apply_limits(report: Report) -> str | None:

@@ -64,5 +64,10 @@ def storable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return well_formed(text)
     return text
+
+
+def well_formed(text: str) -> str:
+    """Return a text in which pairs of surrogates are the characters they stand for, and lone ones U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

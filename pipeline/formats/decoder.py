@@ -11,7 +11,7 @@ from pipeline.core.record import Record
 from pipeline.core.report import Report, apply_limits, convert_report, parse_any_report
 from pipeline.errors import DecodeError
 from pipeline.formats.framing import has_schema_header, split_frame
-from pipeline.formats.mapping import CompiledMapping, compile_mapping
+from pipeline.formats.mapping import CompiledMapping
 from pipeline.formats.otlp import OtlpReader
 from pipeline.formats.registry import SchemaRegistry
 from pipeline.formats.schemas import Schemas, read_json
@@ -32,7 +32,7 @@ def decoders(settings: FormatSettings) -> Callable[[], RecordDecoder]:
         return partial(_OtlpDecoder, OtlpReader(settings.events_format, settings.otlp))
     config = settings.registry_config()
     schemas = Schemas(SchemaRegistry(config)) if config else None
-    return partial(EventsDecoder, schemas, compile_mapping(settings.mapping) if settings.mapping else None)
+    return partial(EventsDecoder, schemas, CompiledMapping(settings.mapping) if settings.mapping else None)
 
 
 class EventsDecoder(RecordDecoder):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import ssl
-from pathlib import Path
 from typing import Any, Final, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from pipeline.checks import refuse_unreadable, refuse_wrong_url, secret_text, token_problem
 from pipeline.formats.registry import CA_FILE, URL
 
 _PREFIX: Final = "AGENT_METADATA_SCHEMA_REGISTRY_"
@@ -53,7 +51,7 @@ class RegistrySettings(BaseSettings):
                     raise ValueError(f"AGENT_METADATA_{name.upper()} has no use without {URL}: set that, or unset it")
             return self
         for url in self.schema_registry_url.split(","):
-            _refuse_wrong_url(url.strip())
+            refuse_wrong_url(url.strip(), URL, login=f"{_PREFIX}USERNAME and {_PREFIX}PASSWORD")
         self._check_registry_login()
         self._check_registry_files()
         return self
@@ -67,10 +65,8 @@ class RegistrySettings(BaseSettings):
             raise ValueError(f"{_PREFIX}USERNAME has a colon, which basic authentication does not allow")
         if user and self.schema_registry_token:
             raise ValueError(f"{_PREFIX}TOKEN has no use with {_PREFIX}USERNAME: unset one of them")
-        token = _text(self.schema_registry_token)
-        # Source: RFC 6750, section 2.1.
-        if token and not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
-            raise ValueError(f"{_PREFIX}TOKEN may contain only letters, digits and ._~+/-, with = at the end")
+        if problem := token_problem(secret_text(self.schema_registry_token)):
+            raise ValueError(f"{_PREFIX}TOKEN {problem}")
 
     def _check_registry_files(self) -> None:
         certificate, key = self.schema_registry_ssl_certfile, self.schema_registry_ssl_keyfile
@@ -82,7 +78,7 @@ class RegistrySettings(BaseSettings):
         files = {CA_FILE: self.schema_registry_ssl_cafile, f"{_PREFIX}SSL_CERTFILE": certificate}
         for setting, file in {**files, f"{_PREFIX}SSL_KEYFILE": key}.items():
             if file:
-                _refuse_unreadable(setting, file)
+                refuse_unreadable(setting, file)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
             if self.schema_registry_ssl_cafile:
@@ -92,7 +88,7 @@ class RegistrySettings(BaseSettings):
             raise ValueError(f"{CA_FILE}={file} holds no CA certificate: name a PEM file") from None
         try:
             if certificate and key:  # with a password that is never None: OpenSSL would ask the terminal
-                context.load_cert_chain(certificate, key, _text(self.schema_registry_ssl_key_password))
+                context.load_cert_chain(certificate, key, secret_text(self.schema_registry_ssl_key_password))
         except ssl.SSLError:
             raise ValueError(
                 f"{_PREFIX}SSL_KEYFILE={key} is not the key of {_PREFIX}SSL_CERTFILE={certificate}, or can't be read: "
@@ -108,38 +104,12 @@ class RegistrySettings(BaseSettings):
             "ssl.ca.location": self.schema_registry_ssl_cafile,
             "ssl.certificate.location": self.schema_registry_ssl_certfile,
             "ssl.key.location": self.schema_registry_ssl_keyfile,
-            "ssl.key.password": _text(self.schema_registry_ssl_key_password),
+            "ssl.key.password": secret_text(self.schema_registry_ssl_key_password),
         }
         if self.schema_registry_username:
-            user, password = self.schema_registry_username, _text(self.schema_registry_password)
+            user, password = self.schema_registry_username, secret_text(self.schema_registry_password)
             config["basic.auth.user.info"] = f"{user}:{password}"
         if self.schema_registry_token:
-            config["bearer.auth.token"] = _text(self.schema_registry_token)
+            config["bearer.auth.token"] = secret_text(self.schema_registry_token)
         config = {name: value for name, value in config.items() if value}
         return {**config, "auto.register.schemas": self.schema_registry_auto_register}
-
-
-def _text(secret: SecretStr | None) -> str:
-    return secret.get_secret_value() if secret else ""
-
-
-def _refuse_wrong_url(url: str) -> None:
-    """Refuse a URL without showing it, as it may hold a secret."""
-    try:
-        parts = urlsplit(url)
-        is_url = parts.scheme in ("https", "http") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        is_url = False
-    if not is_url:
-        raise ValueError(f"{URL} must be a URL: https://host/path")
-    if "@" in parts.netloc:
-        raise ValueError(f"{URL} holds a user or a password: use {_PREFIX}USERNAME and {_PREFIX}PASSWORD")
-
-
-def _refuse_unreadable(setting: str, file: str) -> None:
-    try:
-        with Path(file).open("rb"):
-            pass
-    except OSError as error:
-        reason = (error.strerror or type(error).__name__).lower()
-        raise ValueError(f"{setting}={file}: {reason}; name a PEM file that this user may read") from None

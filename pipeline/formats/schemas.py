@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from pipeline.core.decoding import SchemaId, SchemaNeeded
-from pipeline.core.report import PARSE_ERRORS, Report, parse_report
+from pipeline.core.report import PARSE_ERRORS, Report, parse_report, parse_well_formed
 from pipeline.errors import DecodeError
 from pipeline.formats.registry import RegisteredSchema, SchemaRegistry, UnknownSchema
 
@@ -132,14 +131,7 @@ def read_json(payload: bytes) -> object:
     try:
         return _parse_json(payload)
     except PARSE_ERRORS as error:
-        if b"\\u" in payload:
-            try:
-                text = json.dumps(json.loads(payload), ensure_ascii=False)
-                return _parse_json(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
-            except (ValueError, RecursionError, msgspec.MsgspecError):
-                pass  # the first error is more helpful
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise DecodeError(f"not JSON: {reason}") from error
+        return parse_well_formed(_parse_json, payload, error, "not JSON")
 
 
 def _read_json_report(payload: bytes) -> Report:

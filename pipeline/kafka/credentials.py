@@ -18,8 +18,9 @@ import structlog
 from aiokafka.abc import AbstractTokenProvider
 from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
 
+from pipeline.checks import secret_text
 from pipeline.errors import ANSWER_SECONDS, ServiceUnavailable
-from pipeline.kafka.security import KafkaSecurity, secret_text
+from pipeline.kafka.security import KafkaSecurity
 
 # The share of its life after which a token is replaced. Source: librdkafka's.
 _REFRESH_AT: Final = 0.8

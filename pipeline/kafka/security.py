@@ -6,11 +6,11 @@ import logging
 import ssl
 from collections.abc import Mapping
 from typing import Any, Final, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from pipeline.checks import refuse_wrong_url, secret_text
 from pipeline.kafka.tls import CA_FILE, CERTIFICATE_FILE, KEY_FILE, KEY_PASSWORD, tls_context
 
 PREFIX: Final = "AGENT_METADATA_"
@@ -72,7 +72,9 @@ class KafkaSecurity(BaseSettings):
         self._check_sasl()
         self._check_files()
         if self.kafka_sasl_mechanism == "OAUTHBEARER":
-            _refuse_wrong_url(self.kafka_sasl_oauth_token_url or "")
+            refuse_wrong_url(
+                self.kafka_sasl_oauth_token_url or "", _TOKEN_URL, login=f"{_CLIENT_ID} and {_CLIENT_SECRET}"
+            )
         self.tls_context()
         return self
 
@@ -165,27 +167,9 @@ class KafkaSecurity(BaseSettings):
         return {name: value for name, value in config.items() if value}
 
 
-def secret_text(secret: SecretStr | None) -> str:
-    """Return a secret as clients take it; empty where it is unset."""
-    return secret.get_secret_value() if secret else ""
-
-
 def _refuse_useless(values: _Values, where: str) -> None:
     for variable, value in values.items():
         if value:
             may_be_secret = isinstance(value, SecretStr) or variable == _TOKEN_URL  # a URL may hold a password
             shown = "" if may_be_secret else f"={value}"
             raise ValueError(f"{variable}{shown} has no use {where} unset it")
-
-
-def _refuse_wrong_url(url: str) -> None:
-    """Refuse a token URL without showing it, as it may hold a secret."""
-    try:
-        parts = urlsplit(url)
-        is_url = parts.scheme in ("https", "http") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        is_url = False
-    if not is_url:
-        raise ValueError(f"{_TOKEN_URL} must be a URL: https://host/path")
-    if "@" in parts.netloc:
-        raise ValueError(f"{_TOKEN_URL} holds a user or a password: use {_CLIENT_ID} and {_CLIENT_SECRET}")

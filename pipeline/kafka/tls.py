@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from pipeline.certificates import certificate_complaint
+from pipeline.checks import refuse_unreadable
 
 CA_FILE: Final = "AGENT_METADATA_KAFKA_SSL_CAFILE"
 CERTIFICATE_FILE: Final = "AGENT_METADATA_KAFKA_SSL_CERTFILE"
@@ -27,14 +28,14 @@ def tls_context(
         ValueError: a file can't be used; names its setting.
     """
     if ca_file:
-        _refuse_unreadable(CA_FILE, ca_file)
+        refuse_unreadable(CA_FILE, ca_file)
     try:
         context = _server_context(ca_file)
     except ssl.SSLError:
         raise _not_pem(CA_FILE, str(ca_file), "CA certificate") from None
     if certificate_file and key_file:
-        _refuse_unreadable(CERTIFICATE_FILE, certificate_file)
-        _refuse_unreadable(KEY_FILE, key_file)
+        refuse_unreadable(CERTIFICATE_FILE, certificate_file)
+        refuse_unreadable(KEY_FILE, key_file)
         _load_client_certificate(context, certificate_file, key_file, key_password)
     return context
 
@@ -91,15 +92,6 @@ def _load_client_certificate(context: ssl.SSLContext, certificate_file: str, key
         raise ValueError(
             f"{KEY_FILE}={key_file} can't be read: give its password in {KEY_PASSWORD}, or check the file"
         ) from None
-
-
-def _refuse_unreadable(setting: str, file: str) -> None:
-    try:
-        with Path(file).open("rb"):
-            pass
-    except OSError as error:
-        reason = (error.strerror or type(error).__name__).lower()
-        raise ValueError(f"{setting}={file}: {reason}; name a PEM file that this user may read") from None
 
 
 def _not_pem(setting: str, file: str, kind: str) -> ValueError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -94,12 +94,13 @@ class Worker:
 
     def unacknowledged_seconds(self) -> float:
         """Return how long the oldest closed window has waited for Kafka's acknowledgement; 0 if none waits."""
-        since = [partition.unacknowledged_since for partition in list(self._partitions.values())]
-        return max((self._clock.now() - at for at in since if at is not None), default=0.0)
+        return self._longest(partition.unacknowledged_since for partition in list(self._partitions.values()))
 
     def schema_wait_seconds(self) -> float:
         """Return how long a record has waited for its schema, which the registry does not return; 0 if none waits."""
-        since = [partition.loading_since for partition in list(self._partitions.values())]
+        return self._longest(partition.loading_since for partition in list(self._partitions.values()))
+
+    def _longest(self, since: Iterable[float | None]) -> float:
         return max((self._clock.now() - at for at in since if at is not None), default=0.0)
 
     def positions(self) -> Mapping[int, Position]:

@@ -5,7 +5,7 @@ import json
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipeline.formats.mapping import MappingConfig, compile_mapping
+from pipeline.formats.mapping import CompiledMapping, MappingConfig
 from tests.support.foreign import (
     CLOUD_EVENT,
     CONNECT,
@@ -26,7 +26,7 @@ from tests.support.strategies import RECORD_VALUES
 @given(mapped())
 def test_fast_and_careful_way_of_any_mapping_agree_on_what_fits_it(case):
     fields, raw = case
-    check_mapping(compile_mapping(MappingConfig(**fields)), raw)
+    check_mapping(CompiledMapping(MappingConfig(**fields)), raw)
 
 
 @given(st.sampled_from(MAPPINGS), VALUES.map(lambda value: json.dumps(value).encode()))

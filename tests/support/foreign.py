@@ -22,7 +22,7 @@ from pipeline.core.report import (
     timestamp_us,
 )
 from pipeline.errors import DecodeError
-from pipeline.formats.mapping import CompiledMapping, MappingConfig, compile_mapping
+from pipeline.formats.mapping import CompiledMapping, MappingConfig
 from pipeline.formats.mapping.paths import parse_path
 from pipeline.formats.otlp import OtlpReader
 from pipeline.formats.schemas import read_json
@@ -104,7 +104,7 @@ LISTED: dict[str, Any] = {
 OF_LISTED: dict[str, Any] = {"id": "device", "entries": "readings", "key": "name", "value": "reading"}
 
 MAPPINGS = [
-    compile_mapping(MappingConfig(**fields))
+    CompiledMapping(MappingConfig(**fields))
     for fields in (
         OF_CLOUD_EVENT,
         OF_CONNECT,

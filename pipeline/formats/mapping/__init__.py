@@ -1,6 +1,6 @@
 """Reports out of records that were not made for this pipeline, by the settings table `[mapping]`."""
 
-from pipeline.formats.mapping.compiled import CompiledMapping, compile_mapping
+from pipeline.formats.mapping.compiled import CompiledMapping
 from pipeline.formats.mapping.config import MappingConfig
 
-__all__ = ["CompiledMapping", "MappingConfig", "compile_mapping"]
+__all__ = ["CompiledMapping", "MappingConfig"]

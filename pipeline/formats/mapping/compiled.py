@@ -143,11 +143,6 @@ class CompiledMapping:
             raise _misfit(field, path, str(error), where) from None
 
 
-def compile_mapping(config: MappingConfig) -> CompiledMapping:
-    """Return what reads reports as the table [mapping] says."""
-    return CompiledMapping(config)
-
-
 def _misfit(field: str, path: Path | None, found: str, where: str = "") -> DecodeError:
     """Say which field of the mapping does not fit, and what was found at its path; `where` is which of the entries."""
     inside = f" in {where}" if where else ""

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from pipeline.core.report import PARSE_ERRORS
+from pipeline.core.report import PARSE_ERRORS, parse_problem
 from pipeline.errors import ConfigError, DecodeError
 
 NO_RECORDED_VALUE: Final = 1  # a bit of a point's flags
@@ -117,8 +117,7 @@ def json_reader() -> Callable[[bytes], Any]:
         try:
             return decode(raw)
         except PARSE_ERRORS as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise DecodeError(f"not metrics in OTLP's JSON: {reason}") from None
+            raise DecodeError(f"not metrics in OTLP's JSON: {parse_problem(error)}") from None
 
     return read
 

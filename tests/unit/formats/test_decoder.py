@@ -18,7 +18,7 @@ from pipeline.core.window import OpenWindow
 from pipeline.data_files import data_dir
 from pipeline.errors import DecodeError
 from pipeline.formats.decoder import EventsDecoder
-from pipeline.formats.mapping import MappingConfig, compile_mapping
+from pipeline.formats.mapping import CompiledMapping, MappingConfig
 from pipeline.formats.registry import RegisteredSchema, UnknownSchema
 from pipeline.formats.reports import write_avro_report
 from pipeline.formats.schemas import Schemas
@@ -77,7 +77,7 @@ def decoder(registry):
 
 
 def mapped(registry=None, **config):
-    return EventsDecoder(Schemas(registry) if registry else None, compile_mapping(MappingConfig(**config)))
+    return EventsDecoder(Schemas(registry) if registry else None, CompiledMapping(MappingConfig(**config)))
 
 
 def framed(schema_id, payload):

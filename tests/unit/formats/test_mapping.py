@@ -12,14 +12,14 @@ from pipeline.core.report import PARSE_ERRORS
 from pipeline.core.window import OpenWindow
 from pipeline.errors import DecodeError
 from pipeline.formats.decoder import EventsDecoder
-from pipeline.formats.mapping import MappingConfig, compile_mapping
+from pipeline.formats.mapping import CompiledMapping, MappingConfig
 
 T0 = datetime(2026, 1, 2, 3, 4, 5, 678000, UTC)
 T0_MS = 1_767_323_045_678
 
 
 def mapping(**fields):
-    return compile_mapping(MappingConfig(**fields))
+    return CompiledMapping(MappingConfig(**fields))
 
 
 def record(value=None, key=None, headers=()):
