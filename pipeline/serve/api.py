@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime
@@ -17,7 +16,6 @@ import msgspec
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -28,6 +26,7 @@ from starlette.types import Scope
 from pipeline.core.report import agent_uuid
 from pipeline.errors import DecodeError, PipelineError
 from pipeline.monitoring.metrics import Freshness, ServeMetrics
+from pipeline.serve.access import access_check
 from pipeline.serve.live import LiveRow, LiveTable
 from pipeline.serve.reports import Intake, ReportsRoute
 from pipeline.serve.streams import (
@@ -42,7 +41,6 @@ from pipeline.serve.streams import (
 )
 
 _MAX_AGENTS: Final = 500
-_LOCAL_NAMES: Final = ("localhost", "127.0.0.1", "::1")
 _PAGE: Final = Path(__file__).with_name("page")
 # Anybody may write values, keys and errors. The page makes text nodes of them; should it ever fail to, nothing runs.
 _PAGE_HEADERS: Final = {
@@ -104,13 +102,13 @@ class LiveServer:
         self._streams = EventStreams(table, self._metrics, freshness)
         self._reports = ReportsRoute(intake, self._metrics)
         self._registry = registry
-        self.app = self._make_app(_access_check(token, is_local=is_local), cors_origins)
+        self.app = self._make_app(access_check(token, is_local=is_local), cors_origins)
 
     def close(self) -> None:
         """End all streams."""
         self._streams.close()
 
-    def _make_app(self, access_check: Callable[..., Awaitable[None]] | None, cors_origins: Sequence[str]) -> FastAPI:
+    def _make_app(self, check: Callable[..., Awaitable[None]] | None, cors_origins: Sequence[str]) -> FastAPI:
         app = FastAPIOffline(
             title="agent metadata",
             description="Agents' metadata as it is now, and as it changes; and reports of agents.",
@@ -124,7 +122,7 @@ class LiveServer:
                 allow_methods=["GET"],
                 allow_headers=["Authorization", "Last-Event-ID"],
             )
-        data = APIRouter(dependencies=[Depends(access_check)] if access_check else [])
+        data = APIRouter(dependencies=[Depends(check)] if check else [])
         # `path`, so that a name may have slashes in it.
         data.get("/agents/{agent_id:path}/metadata", responses={200: {"model": AgentMetadata}})(self._get_one)
         data.get("/metadata", responses={200: {"model": ManyAgents}})(self._get_many)
@@ -216,28 +214,6 @@ class _Page(StaticFiles):
         response = super().file_response(full_path, stat_result, scope, status_code)
         response.headers.update(_PAGE_HEADERS)
         return response
-
-
-def _access_check(token: str | None, *, is_local: bool) -> Callable[..., Awaitable[None]] | None:
-    if token:
-        return _bearer_check(token.encode())
-    return _require_local_name if is_local else None
-
-
-def _bearer_check(token: bytes) -> Callable[..., Awaitable[None]]:
-    async def check(
-        given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
-    ) -> None:
-        if given is None or not secrets.compare_digest(given.credentials.encode(), token):
-            raise HTTPException(401, "a bearer token is required", {"WWW-Authenticate": "Bearer"})
-
-    return check
-
-
-async def _require_local_name(request: Request) -> None:
-    if request.url.hostname not in _LOCAL_NAMES:
-        names = ", ".join(_LOCAL_NAMES)
-        raise HTTPException(403, f"without AGENT_METADATA_SERVE_TOKEN only these names are answered here: {names}")
 
 
 def _json(body: Body) -> Response:

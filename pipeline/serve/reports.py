@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -17,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from pipeline.core.report import PARSE_ERRORS
 from pipeline.errors import ANSWER_SECONDS, DecodeError, PipelineError
 from pipeline.monitoring.metrics import ServeMetrics
+from pipeline.serve.access import require_token
 from pipeline.serve.bodies import MAX_BODY_BYTES, Posted, posted, reports_in, request_body, require_readable, too_large
 
 # Of all requests: bodies that are being read, or whose reports Kafka has not acknowledged. A waiting report takes about
@@ -117,10 +117,9 @@ class ReportsRoute:
         intake = self._intake
         if intake is None:
             return _problem(404, "POST /reports is off: set AGENT_METADATA_SERVE_REPORTS_TOKEN to turn it on")
-        if given is None or not secrets.compare_digest(given.credentials.encode(), intake.token.encode()):
-            return _problem(401, "a bearer token is required", {"WWW-Authenticate": "Bearer"})
         hold = _Hold(self)
         try:
+            require_token(given, intake.token)
             return await self._take(request, intake.send, hold)
         except HTTPException as error:
             return _problem(error.status_code, str(error.detail), error.headers)

@@ -13,9 +13,18 @@ from pipeline.core.window import OpenWindow
 from pipeline.errors import DecodeError
 from pipeline.formats.decoder import EventsDecoder
 from pipeline.formats.mapping import CompiledMapping, MappingConfig
+from tests.support.foreign import (
+    CLOUD_EVENT,
+    CONNECT,
+    DEBEZIUM,
+    OF_CLOUD_EVENT,
+    OF_CONNECT,
+    OF_DEBEZIUM,
+    OF_LISTED,
+    T0_MS,
+)
 
 T0 = datetime(2026, 1, 2, 3, 4, 5, 678000, UTC)
-T0_MS = 1_767_323_045_678
 
 
 def mapping(**fields):
@@ -57,16 +66,6 @@ def refusal(config, value, **more):
     return str(refused.value)
 
 
-CLOUD_EVENT = {
-    "specversion": "1.0",
-    "id": "b25e2717-a470-45a0-8231-985a99aa9416",
-    "source": "/buildings/7/boiler",
-    "type": "com.example.boiler.reading",
-    "subject": "boiler-1",
-    "time": "2026-01-02T03:04:05.678Z",
-    "datacontenttype": "application/json",
-    "data": {"temperature": 71.5, "pressure": 2, "burning": True, "fault": None, "valves": [1, 2]},
-}
 CLOUD_EVENT_VALUES = {
     "temperature": ("71.5", ""),
     "pressure": ("2", ""),
@@ -77,7 +76,7 @@ CLOUD_EVENT_VALUES = {
 
 
 def test_cloud_event_in_structured_mode():
-    report = both({"id": "source", "time": "time", "entries": "data"}, CLOUD_EVENT)
+    report = both(OF_CLOUD_EVENT, CLOUD_EVENT)
     assert shown(report) == ("/buildings/7/boiler", CLOUD_EVENT_VALUES, T0)
 
 
@@ -94,54 +93,8 @@ def test_cloud_event_in_binary_mode():
     assert shown(report) == ("/buildings/7/boiler", CLOUD_EVENT_VALUES, T0)
 
 
-# What Kafka Connect's JsonConverter writes with schemas.enable=true.
-CONNECT = {
-    "schema": {
-        "type": "struct",
-        "fields": [
-            {"type": "string", "optional": False, "field": "machine"},
-            {"type": "double", "optional": True, "field": "load"},
-            {"type": "int64", "optional": False, "name": "org.apache.kafka.connect.data.Timestamp", "field": "at"},
-        ],
-        "optional": False,
-        "name": "machines",
-    },
-    "payload": {"machine": "press-4", "load": 0.75, "at": T0_MS},
-}
-
-
 def test_connect_json_with_its_schema():
-    config = {"id": "payload.machine", "time": "payload.at", "time_format": "milliseconds", "entries": "payload"}
-    assert shown(both(config, CONNECT)) == ("press-4", {"load": ("0.75", "")}, T0)
-
-
-# What Debezium's Postgres connector writes, without schemas.
-DEBEZIUM = {
-    "before": None,
-    "after": {"id": 1004, "name": "press-4", "status": "running", "load": 0.75, "updated_at": 1_767_323_045_678_901},
-    "source": {
-        "version": "3.3.1.Final",
-        "connector": "postgresql",
-        "name": "fleet",
-        "ts_ms": T0_MS,
-        "snapshot": "false",
-        "db": "fleet",
-        "sequence": '["24023119","24023128"]',
-        "ts_us": 1_767_323_045_678_901,
-        "ts_ns": 1_767_323_045_678_901_000,
-        "schema": "public",
-        "table": "machines",
-        "txId": 555,
-        "lsn": 24023128,
-        "xmin": None,
-    },
-    "transaction": None,
-    "op": "c",
-    "ts_ms": 1_767_323_046_001,
-    "ts_us": 1_767_323_046_001_123,
-    "ts_ns": 1_767_323_046_001_123_456,
-}
-OF_DEBEZIUM = {"id": "after.id", "time": "source.ts_ms", "time_format": "milliseconds", "entries": "after"}
+    assert shown(both(OF_CONNECT, CONNECT)) == ("press-4", {"load": ("0.75", "")}, T0)
 
 
 @pytest.mark.parametrize("op", ["c", "u", "r"])
@@ -189,12 +142,9 @@ def test_debezium_row_that_was_deleted_is_no_report_and_no_dead_letter(config, v
             compiled.parse(json.dumps(value).encode())
 
 
-LISTED = {"id": "device", "entries": "readings", "key": "name", "value": "reading"}
-
-
 def test_entries_as_a_list_with_errors_and_times_of_their_own():
     report = both(
-        {**LISTED, "error": "failure", "entry_time": "at", "time_format": "seconds", "time": "sent"},
+        {**OF_LISTED, "error": "failure", "entry_time": "at", "time_format": "seconds", "time": "sent"},
         {
             "device": "d-1",
             "sent": T0_MS / 1000,
@@ -317,29 +267,37 @@ WHOLE = {"device": "d-1", "readings": [{"name": "cpu", "reading": 12}]}
 @pytest.mark.parametrize(
     ("config", "value", "reason"),
     [
-        (LISTED, {**WHOLE, "device": None}, "id, at device: null"),
-        (LISTED, {**WHOLE, "device": ""}, "id, at device: ''"),
-        (LISTED, {**WHOLE, "device": {"a": 1}}, "id, at device: an object"),
-        (LISTED, {**WHOLE, "device": True}, "id, at device: True"),
-        ({**LISTED, "id": "a.b"}, WHOLE, "id, at a.b: missing"),
-        ({**LISTED, "id": ["device", "site"]}, WHOLE, "id, at site: missing"),
-        ({**LISTED, "id": ["device", "site"]}, {**WHOLE, "site": ""}, "id, at site: ''"),
-        ({**LISTED, "id": "header:id"}, WHOLE, "id, at header:id: missing"),
-        ({**LISTED, "id": "record:key"}, WHOLE, "id, at record:key: missing"),
-        (LISTED, {"device": "d-1"}, "entries, at readings: missing, not a list"),
-        (LISTED, {**WHOLE, "readings": {}}, "entries, at readings: an object, not a list"),
-        (LISTED, {**WHOLE, "readings": [None]}, "entries, at readings: [0] is null, not an object"),
-        (LISTED, {**WHOLE, "readings": [{"reading": 1}]}, "key, at name in [0]: missing"),
-        (LISTED, {**WHOLE, "readings": [{"name": None, "reading": 1}]}, "key, at name in [0]: null"),
-        (LISTED, {**WHOLE, "readings": [{"name": "cpu"}]}, "value, at reading in [0]: missing"),
-        ({**LISTED, "error": "err"}, {**WHOLE, "readings": [{"name": "k"}]}, "value, at reading in [0]: missing"),
-        ({**LISTED, "time": "at"}, {**WHOLE, "at": "2026-01-02T03:04:05"}, "time, at at: '2026-01-02T03:04:05' is no"),
-        ({**LISTED, "time": "at"}, {**WHOLE, "at": 12}, "time, at at: 12 is no time in RFC 3339"),
-        ({**LISTED, "time": "at", "time_format": "seconds"}, {**WHOLE, "at": "noon"}, "'noon' is no number of seconds"),
-        ({**LISTED, "time": "at", "time_format": "seconds"}, {**WHOLE, "at": 10**20}, "outside the years 1 to 9999"),
-        ({**LISTED, "time": "at", "time_format": "seconds"}, {**WHOLE, "at": True}, "no number of seconds"),
+        (OF_LISTED, {**WHOLE, "device": None}, "id, at device: null"),
+        (OF_LISTED, {**WHOLE, "device": ""}, "id, at device: ''"),
+        (OF_LISTED, {**WHOLE, "device": {"a": 1}}, "id, at device: an object"),
+        (OF_LISTED, {**WHOLE, "device": True}, "id, at device: True"),
+        ({**OF_LISTED, "id": "a.b"}, WHOLE, "id, at a.b: missing"),
+        ({**OF_LISTED, "id": ["device", "site"]}, WHOLE, "id, at site: missing"),
+        ({**OF_LISTED, "id": ["device", "site"]}, {**WHOLE, "site": ""}, "id, at site: ''"),
+        ({**OF_LISTED, "id": "header:id"}, WHOLE, "id, at header:id: missing"),
+        ({**OF_LISTED, "id": "record:key"}, WHOLE, "id, at record:key: missing"),
+        (OF_LISTED, {"device": "d-1"}, "entries, at readings: missing, not a list"),
+        (OF_LISTED, {**WHOLE, "readings": {}}, "entries, at readings: an object, not a list"),
+        (OF_LISTED, {**WHOLE, "readings": [None]}, "entries, at readings: [0] is null, not an object"),
+        (OF_LISTED, {**WHOLE, "readings": [{"reading": 1}]}, "key, at name in [0]: missing"),
+        (OF_LISTED, {**WHOLE, "readings": [{"name": None, "reading": 1}]}, "key, at name in [0]: null"),
+        (OF_LISTED, {**WHOLE, "readings": [{"name": "cpu"}]}, "value, at reading in [0]: missing"),
+        ({**OF_LISTED, "error": "err"}, {**WHOLE, "readings": [{"name": "k"}]}, "value, at reading in [0]: missing"),
         (
-            {**LISTED, "entry_time": "t"},
+            {**OF_LISTED, "time": "at"},
+            {**WHOLE, "at": "2026-01-02T03:04:05"},
+            "time, at at: '2026-01-02T03:04:05' is no",
+        ),
+        ({**OF_LISTED, "time": "at"}, {**WHOLE, "at": 12}, "time, at at: 12 is no time in RFC 3339"),
+        (
+            {**OF_LISTED, "time": "at", "time_format": "seconds"},
+            {**WHOLE, "at": "noon"},
+            "'noon' is no number of seconds",
+        ),
+        ({**OF_LISTED, "time": "at", "time_format": "seconds"}, {**WHOLE, "at": 10**20}, "outside the years 1 to 9999"),
+        ({**OF_LISTED, "time": "at", "time_format": "seconds"}, {**WHOLE, "at": True}, "no number of seconds"),
+        (
+            {**OF_LISTED, "entry_time": "t"},
             {**WHOLE, "readings": [{"name": "k", "reading": 1, "t": "x"}]},
             "entry_time, at t in [0]",
         ),
@@ -360,8 +318,8 @@ def test_record_that_does_not_fit_is_a_dead_letter_that_names_the_path(config, v
 
 
 def test_header_or_record_key_that_is_not_utf8_is_a_dead_letter():
-    assert "header:id is not UTF-8" in refusal({**LISTED, "id": "header:id"}, WHOLE, headers=[("id", b"\xff")])
-    assert "record:key is not UTF-8" in refusal({**LISTED, "id": "record:key"}, WHOLE, key=b"\xff")
+    assert "header:id is not UTF-8" in refusal({**OF_LISTED, "id": "header:id"}, WHOLE, headers=[("id", b"\xff")])
+    assert "record:key is not UTF-8" in refusal({**OF_LISTED, "id": "record:key"}, WHOLE, key=b"\xff")
 
 
 @pytest.mark.parametrize(
@@ -400,7 +358,7 @@ def test_mapping_that_fits_no_record_is_refused(config, problem):
 @pytest.mark.parametrize(
     "config",
     [
-        LISTED,
+        OF_LISTED,
         {"id": "source", "time": "time", "entries": "data"},
         OF_DEBEZIUM,
         {**OF_DEBEZIUM, "include": ["load"]},
